@@ -1,0 +1,1 @@
+"""Benchmarks judge: speed, memory and quality of a bundle beside its reference."""

@@ -1,0 +1,1 @@
+"""Export translates: the plan and the changed weights become ONNX graphs and TensorRT engines."""

@@ -1,0 +1,132 @@
+"""The bundle: the folder that ships, and its manifest `diffpress.json`. Standard library only.
+
+A bundle is written to a temporary sibling and renamed, so it is whole or it is not there. The manifest lists the sha256
+of every file; `load` refuses a bundle whose files differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diffpress.errors import DiffpressError
+
+MANIFEST = "diffpress.json"
+FORMAT = 1  # of the manifest; a reader refuses a newer one
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk: its folder and what its manifest says."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle."""
+        return self.path / name
+
+    def graph(self, variant: str = "full") -> Path:
+        """The denoiser's ONNX graph of a step program's variant."""
+        return self.path / str(self.manifest["graphs"][variant])
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[str]:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST and not name.endswith(".part"))
+
+
+def problems(bundle: Bundle) -> list[str]:
+    """What does not match the manifest, a line each; empty when every listed file is whole."""
+    found = []
+    for name, digest in bundle.manifest["files"].items():
+        inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        file = bundle.path / name
+        if not inside or not file.resolve().is_relative_to(bundle.path.resolve()):
+            found.append(f"{name} points outside the bundle")
+        elif not file.is_file():
+            found.append(f"{name} is missing")
+        elif sha256(file) != digest:
+            found.append(f"{name} has changed")
+    return found
+
+
+def read(path: str | Path) -> Bundle:
+    """Open a bundle without checking its files; `inspect` wants to see a damaged one."""
+    folder = Path(path)
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise DiffpressError(f"there is no bundle at {folder}: make one with 'diffpress compress MODEL --output {folder}'")
+    if not file.is_file():
+        raise DiffpressError(f"{folder} is not a bundle: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+        version = manifest["format"]
+        complete = all(key in manifest for key in ("files", "graphs", "sampling", "program", "latent"))
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise DiffpressError(f"{file} cannot be read ({error}): compress the model again") from error
+    if version != FORMAT or not complete:
+        raise DiffpressError(f"{file} has format {version}, this diffpress reads format {FORMAT}: compress again")
+    return Bundle(folder, manifest)
+
+
+def load(path: str | Path) -> Bundle:
+    """Open a bundle and check every file; raises `DiffpressError` naming the first that differs."""
+    bundle = read(path)
+    found = problems(bundle)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise DiffpressError(f"bundle {path} is damaged: {found[0]}{more}; compress again or restore the file")
+    return bundle
+
+
+@contextmanager
+def create(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well and vanishes when it does not."""
+    target = Path(path)
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        refuse_existing(target)
+        partial.rename(target)
+    except OSError as error:
+        raise DiffpressError(f"{target} could not be written: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise when something is already there: nobody's bundle is overwritten."""
+    if target.exists():
+        raise DiffpressError(f"{target} exists already: choose another --output or remove it first")
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Hash every file of `folder` and write the manifest, whole or not at all."""
+    document = {**manifest, "format": FORMAT, "files": {name: sha256(folder / name) for name in _files(folder)}}
+    part = folder / (MANIFEST + ".part")
+    part.write_text(json.dumps(document, indent=1), "utf-8")
+    os.replace(part, folder / MANIFEST)
+
+
+def update(bundle: Bundle, **changes: Any) -> Bundle:
+    """Change top-level entries of the manifest and take in files that were added (engines, reports)."""
+    write_manifest(bundle.path, {**bundle.manifest, **changes})
+    return read(bundle.path)

@@ -1,0 +1,171 @@
+"""The plan: what compress decided, as data and nothing else. Standard library and numpy only.
+
+With the changed weights it is the whole decision: export turns it into graphs, the runtime executes its step program.
+On disk it is a folder with `plan.json` and `tensors.npz` (read without pickle).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffpress.errors import DiffpressError
+
+FULL = "full"  # the variant that computes everything; its graph is model.onnx
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A sampling schedule, bound to one scheduler and step count, as coefficients.
+
+    Every deterministic diffusers scheduler is linear in the samples and denoiser outputs it has seen, so call i is
+
+        output_i = denoiser(input_scale[i] * sample_i, timesteps[i])
+        sample_{i+1} = sum of coefficient * (sample_{i-lag} or output_{i-lag}) over terms[i]
+
+    `terms[i]` holds ("sample" or "output", lag, coefficient). `output` is after guidance. Heights are in pixels.
+    """
+
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    timesteps: tuple[float, ...]
+    input_scale: tuple[float, ...]
+    init_noise_sigma: float
+    terms: tuple[tuple[tuple[str, int, float], ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return {**self.__dict__, "terms": [[list(term) for term in row] for row in self.terms]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Sampling:
+        """The inverse of `to_json`."""
+        terms = tuple(tuple((str(k), int(lag), float(c)) for k, lag, c in row) for row in data["terms"])
+        vectors = {name: tuple(data[name]) for name in ("timesteps", "input_scale")}
+        return cls(**{**data, **vectors, "terms": terms})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One graph of the denoiser: the features it takes in place of computing them, and those it hands out."""
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """Which variant runs at each call of the denoiser. Raises `DiffpressError` when a step reads what none wrote."""
+
+    steps: tuple[str, ...]
+    variants: Mapping[str, Variant] = field(default_factory=lambda: {FULL: Variant()})
+
+    def __post_init__(self) -> None:
+        if FULL not in self.variants:
+            raise DiffpressError(f"a step program needs a variant named '{FULL}'")
+        written: set[str] = set()
+        for index, name in enumerate(self.steps):
+            if name not in self.variants:
+                known = ", ".join(self.variants)
+                raise DiffpressError(f"step {index} runs variant '{name}', which is not one of: {known}")
+            for feature in self.variants[name].reads:
+                if feature not in written:
+                    raise DiffpressError(f"step {index} reads feature '{feature}' before any step wrote it")
+            written.update(self.variants[name].writes)
+
+    def marks(self) -> str:
+        """A character per step, for people: '#' runs everything, '-' reuses features."""
+        return "".join("#" if not self.variants[name].reads else "-" for name in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and strings."""
+        variants = {
+            name: {"reads": list(variant.reads), "writes": list(variant.writes)}
+            for name, variant in self.variants.items()
+        }
+        return {"steps": list(self.steps), "variants": variants}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepProgram:
+        """The inverse of `to_json`."""
+        variants = {
+            name: Variant(tuple(entry["reads"]), tuple(entry["writes"])) for name, entry in data["variants"].items()
+        }
+        return cls(tuple(data["steps"]), variants)
+
+
+@dataclass(frozen=True)
+class LayerQuant:
+    """How one layer computes: weight scale per output channel [out], one scale for its input, both symmetric.
+
+    A quantized value is clip(round(x / scale), -128, 127); `format` names the arithmetic ("int8").
+    """
+
+    weight_scale: np.ndarray
+    input_scale: float
+    format: str = "int8"
+
+
+@dataclass(frozen=True)
+class TemporalTable:
+    """Precomputed time features: for each module path a table [steps, channels], rows in the order of `timesteps`."""
+
+    timesteps: tuple[float, ...]
+    tables: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything compress decided. Layers are named by their module path in the denoiser."""
+
+    sampling: Sampling
+    program: StepProgram
+    quantization: Mapping[str, LayerQuant] = field(default_factory=dict)
+    temporal: TemporalTable | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write `plan.json` and `tensors.npz` into `folder`, which is made if absent."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"weight_scale/{name}": layer.weight_scale for name, layer in self.quantization.items()}
+        if self.temporal is not None:
+            tensors |= {f"temporal/{name}": table for name, table in self.temporal.tables.items()}
+        layers = {
+            name: {"format": layer.format, "input_scale": layer.input_scale}
+            for name, layer in self.quantization.items()
+        }
+        document = {
+            "sampling": self.sampling.to_json(),
+            "program": self.program.to_json(),
+            "quantization": layers,
+            "temporal": None if self.temporal is None else {"timesteps": list(self.temporal.timesteps)},
+        }
+        (folder / "plan.json").write_text(json.dumps(document, indent=1))
+        np.savez(folder / "tensors.npz", **tensors)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read what `save` wrote; raises `DiffpressError` when it is not a plan."""
+        try:
+            document = json.loads((folder / "plan.json").read_text())
+            with np.load(folder / "tensors.npz", allow_pickle=False) as file:
+                tensors = dict(file)
+            quantization = {
+                name: LayerQuant(tensors[f"weight_scale/{name}"], entry["input_scale"], entry["format"])
+                for name, entry in document["quantization"].items()
+            }
+            temporal = None
+            if document["temporal"] is not None:
+                tables = {name[9:]: value for name, value in tensors.items() if name.startswith("temporal/")}
+                temporal = TemporalTable(tuple(document["temporal"]["timesteps"]), tables)
+            program = StepProgram.from_json(document["program"])
+            return cls(Sampling.from_json(document["sampling"]), program, quantization, temporal)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DiffpressError(f"{folder} holds no readable plan: {error}") from error
