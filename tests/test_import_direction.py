@@ -22,6 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "diffpress.plan": DATA,
     "diffpress.bundle": DATA,
     "diffpress.errors": DATA,
+    "diffpress.inspection": DATA,
+    "diffpress.arguments": DATA,
     "diffpress.runtime": DATA,
     "diffpress.calibration": DATA,
     "diffpress.compress": DATA | {"diffpress.calibration"},
@@ -38,6 +40,8 @@ EXTERNAL: dict[str, set[str]] = {
     "diffpress.plan": {"numpy"},
     "diffpress.bundle": {"numpy"},
     "diffpress.errors": {"numpy"},
+    "diffpress.inspection": set(),
+    "diffpress.arguments": set(),
     # The base dependencies, the inference libraries and CUDA's own bindings.
     "diffpress.runtime": {"numpy", "PIL", "tqdm", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"},
 }

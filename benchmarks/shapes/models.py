@@ -1,4 +1,4 @@
-"""The networks of `shapes`: stock diffusers and transformers classes at a small size, and a reader that checks pictures."""
+"""The networks of `shapes`: stock diffusers and transformers classes, small, and a reader that checks pictures."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def read(path: str | Path) -> Bundle:
     folder = Path(path)
     file = folder / MANIFEST
     if not folder.is_dir():
-        raise DiffpressError(f"there is no bundle at {folder}: make one with 'diffpress compress MODEL --output {folder}'")
+        raise DiffpressError(f"there is no bundle at {folder}: compress a model first")
     if not file.is_file():
         raise DiffpressError(f"{folder} is not a bundle: it has no {MANIFEST}")
     try:
@@ -107,7 +107,9 @@ def create(path: str | Path) -> Iterator[Path]:
         refuse_existing(target)
         partial.rename(target)
     except OSError as error:
-        raise DiffpressError(f"{target} could not be written: {error.strerror or error}; nothing was left there") from error
+        raise DiffpressError(
+            f"{target} could not be written, nothing was left there: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,0 +1,200 @@
+"""Judges a bundle: the compressed pipeline, the same model exported without compression, and diffusers in FP32."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from diffpress import bundle as bundles
+from diffpress.benchmarks import candidates, document, machine, memory, plain, prompts, report, scores, speed
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Candidate, Drawn, Reference
+from diffpress.bundle import Bundle
+from diffpress.errors import DiffpressError
+from diffpress.plan import Sampling
+
+KEPT = 16  # images whose latents are compared step by step
+
+
+def bench(
+    bundle_path: str | Path,
+    against: str,
+    images: int = 200,
+    json_file: Path | None = None,
+    quiet: bool = False,
+    *,
+    prompts_file: Path | None = None,
+    uncompressed: Path | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
+
+    `uncompressed` is a folder for the export without compression, made if absent and used if it fits; without one it
+    is made in a temporary place. Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
+    """
+    if images < 1:
+        raise DiffpressError(f"--images is {images}: at least 1 is needed")
+    opened = bundles.load(bundle_path)
+    check_model(opened, against)
+    chosen = prompts.choose(images, _is_shapes(against), prompts_file)
+    with _uncompressed(opened, against, uncompressed, quiet) as export:
+        result, pictures = measure(opened, export, against, chosen, quiet)
+    result["reproduce"] = document.commands(Path(bundle_path), against, images, opened.manifest)
+    result = document.finite(result)
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    if json_file is not None:
+        json_file.write_text(text, "utf-8")
+    _into(opened, {"report.json": text, "report.html": report.render(result, pictures)}, result)
+    return result
+
+
+def check_model(bundle: Bundle, against: str) -> None:
+    """Raise `DiffpressError` unless `against` is the model that the bundle was made from, by its digest."""
+    from diffpress.calibration.model import digest, folder_of
+
+    folder = folder_of(against)
+    if folder is not None and not folder.is_dir():
+        raise DiffpressError(f"there is no model at {against}: give --against the model the bundle was made from")
+    made_from = bundle.manifest.get("model", {})
+    if made_from.get("digest") not in (None, digest(against)):
+        source = made_from.get("source", "another model")
+        raise DiffpressError(f"{bundle.path} was made from '{source}': give --against that model, not {against}")
+
+
+def _is_shapes(against: str) -> bool:
+    from diffpress.benchmarks.shapes import PIPELINE
+    from diffpress.calibration.model import folder_of, is_shapes
+
+    folder = folder_of(against)
+    return is_shapes(against) or (folder is not None and folder.resolve() == PIPELINE.resolve())
+
+
+@contextmanager
+def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool) -> Iterator[Bundle]:
+    """The same model exported without compression, its step count the bundle's."""
+    from diffpress import api
+
+    steps = int(bundle.manifest["sampling"]["steps"])
+    with tempfile.TemporaryDirectory(prefix="diffpress-bench-") as temporary:
+        place = folder or Path(temporary) / "uncompressed"
+        if not place.exists():
+            yield api.compress(against, "fp32", place, steps=steps, quiet=quiet)
+            return
+        export = bundles.load(place)
+        check_model(export, against)
+        if export.manifest.get("passes"):
+            raise DiffpressError(f"{place} is compressed: name an empty place or one made with --recipe fp32")
+        yield export
+
+
+def measure(
+    bundle: Bundle, export: Bundle, against: str, chosen: prompts.Prompts, quiet: bool
+) -> tuple[dict[str, Any], list[report.Picture]]:
+    """Everything the report says, and the pictures it shows."""
+    from diffpress.runtime.backends import available
+    from diffpress.runtime.pipeline import Pipeline
+
+    sampling = Sampling.from_json(bundle.manifest["sampling"])
+    scheduler = bundle.manifest["scheduler"]
+
+    def open_compressed(backend: str, precision: str) -> Candidate:
+        return Pipeline.load(bundle, backend, precision)
+
+    backends = tqdm(available(), desc="trying backends", unit="backend", disable=quiet)
+    default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
+    backend, precision = default["name"], default["precision"]
+    pipelines: dict[str, Candidate] = {
+        REFERENCE: Reference.load(against, sampling, scheduler),
+        EXPORT: Pipeline.load(export, backend, "fp32", sampling=sampling),
+        COMPRESSED: open_compressed(backend, precision),
+    }
+    if precision != "fp32":
+        pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=sampling)
+    timings = speed.time_all(pipelines, chosen.texts, quiet)
+
+    def open_plain(steps: int) -> Candidate:
+        schedule = plain.schedule(scheduler, sampling, steps)
+        return Pipeline.load(export, backend, precision, sampling=schedule)
+
+    trials, fewer = plain.compare(timings, pipelines, open_plain, sampling.steps, chosen.texts[0], quiet)
+    pipelines.pop(STRICT, None)
+    if fewer is not None:
+        pipelines[PLAIN] = fewer
+    drawn = _draw_all(pipelines, chosen.texts, candidates.batch_size(bundle.manifest["latent"]), quiet)
+    judging = scores.Judging(chosen)
+    result = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **document.subject(bundle, sampling),
+        "prompts": {"source": chosen.source, "count": len(chosen.texts), "seeds": f"0..{len(chosen.texts) - 1}"},
+        **document.speed(timings, precision),
+        "size_bytes": document.sizes(bundle),
+        "peak_rss_bytes": _peaks(bundle, export, against, default, chosen.texts[0], quiet),
+        **document.quality(drawn, judging),
+        PLAIN: document.fewer_steps(trials, drawn, judging, default),
+        "faults": scores.all_faults(drawn),
+        "backend": default,
+        "backends_tried": tried,
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+    }
+    return result, _pictures(drawn, chosen.texts)
+
+
+def _draw_all(pipelines: dict[str, Candidate], texts: list[str], batch: int, quiet: bool) -> dict[str, Drawn]:
+    """The same prompts and seeds for all; of the plain export only those that are compared step by step."""
+    counts = {name: min(KEPT, len(texts)) if name == EXPORT else len(texts) for name in pipelines}
+    drawn = {}
+    with tqdm(total=sum(counts.values()), desc="drawing", unit="image", disable=quiet) as bar:
+        for name, candidate in pipelines.items():
+            count = counts[name]
+            keep = 0 if name == PLAIN else KEPT
+            bar.set_postfix_str(name.replace("_", " "))
+            drawn[name] = candidates.draw(candidate, texts[:count], range(count), batch, keep, bar.update)
+    return drawn
+
+
+def _peaks(
+    bundle: Bundle, export: Bundle, against: str, default: dict[str, str], prompt: str, quiet: bool
+) -> dict[str, int]:
+    runs = {"backend": default["name"], "prompt": prompt}
+    tasks = {
+        REFERENCE: {"bundle": str(bundle.path), "against": against, "prompt": prompt},
+        EXPORT: {"bundle": str(export.path), "precision": "fp32", **runs},
+        COMPRESSED: {"bundle": str(bundle.path), "precision": default["precision"], **runs},
+    }
+    bar = tqdm(tasks.items(), desc="measuring memory", unit="process", disable=quiet)
+    return {name: memory.peak_rss(task) for name, task in bar}
+
+
+def _pictures(drawn: dict[str, Drawn], texts: list[str]) -> list[report.Picture]:
+    reference, compressed, fewer = drawn[REFERENCE], drawn[COMPRESSED], drawn.get(PLAIN)
+    return [
+        report.Picture(
+            texts[index], index, note, reference.pixels[index], compressed.pixels[index],
+            None if fewer is None else fewer.pixels[index],
+        )
+        for index, note in scores.shown(reference, compressed)
+    ]  # fmt: skip
+
+
+def _into(bundle: Bundle, files: dict[str, str], result: dict[str, Any]) -> None:
+    """Put the report into the bundle and list it in the manifest, with what was measured."""
+    folder = bundle.path / "report"
+    folder.mkdir(exist_ok=True)
+    parts = {name: folder / f"{name}.part" for name in files}  # the manifest never lists a .part
+    try:
+        for name, text in files.items():
+            parts[name].write_text(text, "utf-8")
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    measured = {key: result[key] for key in ("latency", "speedup", "quality")}
+    bundles.update(bundle, measured=measured, default_backend=result["backend"])

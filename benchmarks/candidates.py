@@ -1,0 +1,126 @@
+"""What is measured against what: the diffusers reference, dressed as a runtime pipeline, and drawing in batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffpress.plan import Sampling
+
+# What stands in a report, under these names.
+REFERENCE, EXPORT, COMPRESSED = "reference_eager", "uncompressed_export", "compressed"
+STRICT = "uncompressed_export_same_precision"  # timed where the compressed bundle runs in another precision than fp32
+PLAIN = "fewer_plain_steps"
+
+
+class Candidate(Protocol):
+    """Draws images: `runtime.pipeline.Pipeline`, or something that looks like it."""
+
+    def __call__(self, prompts: list[str], seeds: list[int], *, keep_latents: bool = False) -> Any:
+        """Returns `runtime.pipeline.Images`."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A diffusers pipeline in FP32, eager, bound to the sampling of the bundle it is compared with."""
+
+    pipeline: Any
+    sampling: Sampling
+
+    @classmethod
+    def load(cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any]) -> Reference:
+        """Open `model`; `scheduler` is the manifest's entry {class, config}, whatever the folder itself prefers."""
+        import diffusers
+
+        from diffpress.calibration.model import load_pipeline
+
+        pipeline = load_pipeline(model)
+        pipeline.scheduler = getattr(diffusers, scheduler["class"]).from_config(dict(scheduler["config"]))
+        return cls(pipeline, sampling)
+
+    def __call__(self, prompts: list[str], seeds: list[int], *, keep_latents: bool = False) -> Any:
+        """Draw one image for each prompt; stages and steps are timed from outside, by what the pipeline calls back."""
+        import torch
+
+        from diffpress.runtime.pipeline import Images
+
+        latents: list[np.ndarray] = []
+        marks: list[float] = []  # the first denoiser call begins, then each step ends
+
+        def on_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            marks.append(time.perf_counter())
+            if keep_latents:
+                latents.append(tensors["latents"].numpy(force=True).copy())
+            return tensors
+
+        def on_denoiser(*_: Any) -> None:
+            if not marks:
+                marks.append(time.perf_counter())
+
+        hook = self.pipeline.unet.register_forward_pre_hook(on_denoiser)
+        start = time.perf_counter()
+        try:
+            drawn = self.pipeline(
+                list(prompts),
+                num_inference_steps=self.sampling.steps,
+                guidance_scale=self.sampling.guidance_scale,
+                height=self.sampling.height,
+                width=self.sampling.width,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="np",
+                callback_on_step_end=on_step,
+            )
+        finally:
+            hook.remove()
+        end = time.perf_counter()
+        return Images(
+            pixels=(drawn.images * 255).round().astype(np.uint8),
+            latents=latents,
+            stage_ms={
+                "text": (marks[0] - start) * 1000,
+                "denoise": (marks[-1] - marks[0]) * 1000,
+                "decode": (end - marks[-1]) * 1000,
+            },
+            step_ms=[float(step) for step in np.diff(marks) * 1000],
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images uint8 [N, H, W, 3], final latents [N, C, h, w], and all latents of the first K [steps, K, C, h, w]."""
+
+    pixels: np.ndarray
+    latents: np.ndarray
+    trajectory: np.ndarray
+
+
+def draw(
+    candidate: Candidate,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch: int,
+    keep: int = 0,
+    on_batch: Callable[[int], object] = lambda _: None,
+) -> Drawn:
+    """Draw every prompt with its seed, `batch` at a time; all latents are kept of the first `keep` images."""
+    pixels, final, steps = [], [], []
+    for start in range(0, len(prompts), batch):
+        some = slice(start, start + batch)
+        images = candidate(list(prompts[some]), list(seeds[some]), keep_latents=True)
+        pixels.append(images.pixels)
+        final.append(images.latents[-1])
+        if start < keep:
+            steps.append(np.stack([latent[: keep - start] for latent in images.latents]))
+        on_batch(len(images.pixels))
+    trajectory = np.concatenate(steps, axis=1) if steps else np.empty((0, 0, *final[0].shape[1:]), np.float32)
+    return Drawn(np.concatenate(pixels), np.concatenate(final), trajectory)
+
+
+def batch_size(latent: Mapping[str, Any]) -> int:
+    """How many images fit comfortably together: 16 of 16x16 latents, one of 64x64."""
+    size = int(latent["channels"]) * int(latent["height"]) * int(latent["width"])
+    return max(1, min(16, 16 * 1024 // size))

@@ -1,0 +1,131 @@
+"""The report as data: what was measured, under the keys that later checks read (`report.json`)."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn
+from diffpress.benchmarks.latency import paired_ratio, summary
+from diffpress.benchmarks.plain import SOLVER, Trial, best
+from diffpress.benchmarks.scores import Judging, distances, error_per_step
+from diffpress.benchmarks.speed import Timings
+from diffpress.bundle import Bundle
+from diffpress.plan import Sampling, StepProgram
+
+
+def speed(timings: Timings, precision: str) -> dict[str, Any]:
+    """Latency, speedup, stages and steps. `same_precision` is the export in the compressed bundle's own precision."""
+    own = timings.images[COMPRESSED]
+    strict = None
+    if STRICT in timings.images:
+        ratio = paired_ratio(timings.images[STRICT], own)
+        strict = {"precision": precision, "latency": summary(timings.images[STRICT]), "speedup": ratio}
+    return {
+        "latency": {name: summary(timings.images[name]) for name in (REFERENCE, EXPORT, COMPRESSED)},
+        "speedup": {
+            "vs_eager": paired_ratio(timings.images[REFERENCE], own),
+            "vs_uncompressed_export": paired_ratio(timings.images[EXPORT], own),
+        },
+        "same_precision": strict,
+        "stages_ms": timings.stage_medians(),
+        "steps_ms": timings.step_medians(),
+    }
+
+
+def sizes(bundle: Bundle) -> dict[str, Any]:
+    """Bytes: the denoiser before and after, the bundle without its report, and each of its folders."""
+    folders: dict[str, int] = {}
+    for file in bundle.path.rglob("*"):
+        if file.is_file():
+            parts = file.relative_to(bundle.path).parts
+            name = f"{parts[0]}/" if len(parts) > 1 else "manifest"
+            folders[name] = folders.get(name, 0) + file.stat().st_size
+    folders.pop("report/", None)
+    denoiser = sum(file.stat().st_size for file in bundle.path.glob("unet/*.onnx*"))
+    return {
+        "denoiser_reference": bundle.manifest.get("sizes", {}).get("denoiser_reference"),
+        "denoiser_compressed": denoiser,
+        "bundle": sum(folders.values()),
+        "folders": dict(sorted(folders.items())),
+    }
+
+
+def quality(drawn: Mapping[str, Drawn], judging: Judging) -> dict[str, Any]:
+    """Distances to the reference, content metrics of both sides, the error after each step."""
+    reference, compressed = drawn[REFERENCE], drawn[COMPRESSED]
+    contents = {REFERENCE: judging.content(reference.pixels), COMPRESSED: judging.content(compressed.pixels)}
+    sides = {"reference": contents[REFERENCE], "compressed": contents[COMPRESSED]}
+    metrics = ("clip_score", "attribute_accuracy", "frechet")
+    compared = {metric: {side: getattr(found, metric) for side, found in sides.items()} for metric in metrics}
+    stepwise = {name: error_per_step(drawn[name], reference) for name in (EXPORT, COMPRESSED) if name in drawn}
+    return {
+        "quality": {**distances(compressed, reference), **compared},
+        "attributes": {side: found.attributes for side, found in sides.items()},
+        "per_step": {"images": reference.trajectory.shape[1], "latent_rel_l2": stepwise},
+    }
+
+
+def fewer_steps(
+    trials: list[Trial], drawn: Mapping[str, Drawn], judging: Judging, backend: Mapping[str, str]
+) -> dict[str, Any]:
+    """The row "fewer plain steps at equal latency": the export, DPM-Solver++, no compression."""
+    found = best(trials)
+    entry: dict[str, Any] = {
+        "scheduler": SOLVER,
+        "backend": backend["name"],
+        "precision": backend["precision"],
+        "steps": found.steps if found else None,
+        "latency_ms": found.latency_ms if found else None,
+        "latency_ratio": found.ratio if found else None,
+    }
+    if PLAIN in drawn:
+        content = judging.content(drawn[PLAIN].pixels)
+        entry |= distances(drawn[PLAIN], drawn[REFERENCE])
+        entry |= {
+            name: getattr(content, name) for name in ("clip_score", "attribute_accuracy", "frechet", "attributes")
+        }
+    return entry | {"trials": [asdict(trial) for trial in trials]}
+
+
+def subject(bundle: Bundle, sampling: Sampling) -> dict[str, Any]:
+    """What was judged: model, recipe, schedule and step program."""
+    manifest = bundle.manifest
+    program = StepProgram.from_json(manifest["program"])
+    names = ("scheduler", "steps", "guidance_scale", "height", "width")
+    return {
+        "bundle": bundle.path.resolve().name,
+        "model": dict(manifest.get("model", {})),
+        "recipe": manifest.get("recipe", {}).get("name"),
+        "passes": list(manifest.get("passes", [])),
+        "sampling": {name: getattr(sampling, name) for name in names},
+        "program": {"marks": program.marks(), "steps": list(program.steps)},
+        "engines": [
+            {key: entry.get(key) for key in ("target", "path", "precision", "bytes")}
+            for entry in manifest.get("engines", [])
+        ],
+    }
+
+
+def commands(bundle: Path, against: str, images: int, manifest: Mapping[str, Any]) -> list[str]:
+    """What to type to get this report again."""
+    recipe, sampling = manifest.get("recipe", {}).get("name", "RECIPE"), manifest["sampling"]
+    model, place = shlex.quote(against), shlex.quote(str(bundle))
+    return [
+        f"diffpress compress {model} --recipe {recipe} --steps {sampling['steps']} "
+        f"--seed {manifest.get('seed', 0)} --output {place}",
+        f"diffpress bench {place} --against {model} --images {images}",
+    ]
+
+
+def finite(value: Any) -> Any:
+    """The same document with null in place of NaN and infinities, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

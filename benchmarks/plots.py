@@ -1,0 +1,137 @@
+"""Plots as SVG text, drawn by hand: no library, no script; colours are classes that the page's style sheet knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 480, 250  # of a plot, in its own units; it scales with the page
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 34
+
+
+def _svg(body: str, label: str, height: float = HEIGHT) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
+
+
+def _text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+
+
+def nice_ticks(top: float, count: int = 4) -> list[float]:
+    """Round numbers from 0 to just above `top`, about `count` of them."""
+    if not top > 0:
+        return [0.0, 1.0]
+    rough = top / count
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
+    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose `low`..`high`."""
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high) - 1e-12) + 1)]
+
+
+def _power(value: float) -> str:
+    """A power of ten as people write it."""
+    digits = str.maketrans("-0123456789", "\N{SUPERSCRIPT MINUS}⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return f"10{str(round(math.log10(value))).translate(digits)}"
+
+
+def _axes(ticks: Mapping[str, float], steps: int, x_of: Sequence[float], unit: str) -> str:
+    """Horizontal grid lines at the heights of `ticks`, labelled by their keys, and step numbers below."""
+    parts = []
+    for words, y in ticks.items():
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 6, y + 4, words, "end"))
+    stride = max(1, int(nice_ticks(steps, 5)[1]))
+    shown = [i for i in range(steps) if i == 0 or (i + 1) % stride == 0]
+    parts += [_text(x_of[i], HEIGHT - BOTTOM + 17, str(i + 1)) for i in shown]
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, "step", "end", "soft"))
+    parts.append(_text(0, HEIGHT - 3, unit, "start", "soft"))
+    return "".join(parts)
+
+
+def error_lines(series: Mapping[str, Sequence[float]], marks: str, label: str) -> str:
+    """Relative error after each step on a logarithmic scale; keys of `series` are classes, `marks` the step program."""
+    values = [value for line in series.values() for value in line if value and value > 0]
+    if not values:
+        return ""
+    ticks = log_ticks(min(values), max(values))
+    if len(ticks) < 2:
+        ticks = [ticks[0] / 10, ticks[0]]
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
+    bottom = HEIGHT - BOTTOM
+
+    def y_of(value: float) -> float:
+        return bottom - (math.log10(max(value, ticks[0])) - low) / (high - low) * (bottom - TOP)
+
+    steps = max(len(line) for line in series.values())
+    x_of = _centres(steps)
+    body = [_axes({_power(tick): y_of(tick) for tick in ticks}, steps, x_of, "relative L2")]
+    for name, line in series.items():
+        points = [(x_of[i], y_of(value)) for i, value in enumerate(line) if value is not None]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        body.append(f'<polyline class="line {name}" points="{path}"/>')
+        for i, (x, y) in enumerate(points):
+            reused = name == "compressed" and i < len(marks) and marks[i] == "-"
+            kind = f"dot {name} open" if reused else f"dot {name}"
+            title = f"<title>step {i + 1}: {line[i]:.3g}</title>"
+            body.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">{title}</circle>')
+    return _svg("".join(body), label)
+
+
+def step_columns(steps_ms: Sequence[float], marks: str, others: Mapping[str, Sequence[float]], label: str) -> str:
+    """A column per step, full or reusing; `others` are lines at the median step of other candidates (key: class)."""
+    levels = {name: sorted(line)[len(line) // 2] for name, line in others.items() if line}
+    if not steps_ms:
+        return ""
+    ticks = nice_ticks(max([*steps_ms, *levels.values()]))
+    bottom = HEIGHT - BOTTOM
+
+    def y_of(value: float) -> float:
+        return bottom - value / ticks[-1] * (bottom - TOP)
+
+    x_of = _centres(len(steps_ms))
+    width = (WIDTH - LEFT - RIGHT) / len(steps_ms)
+    body = [_axes({f"{tick:g}": y_of(tick) for tick in ticks}, len(steps_ms), x_of, "ms")]
+    for i, value in enumerate(steps_ms):
+        kind = "reuse" if i < len(marks) and marks[i] == "-" else "full"
+        y = y_of(value)
+        title = f"<title>step {i + 1} ({kind}): {value:.2f} ms</title>"
+        body.append(
+            f'<rect class="{kind}" x="{x_of[i] - 0.4 * width:.1f}" y="{y:.1f}" width="{0.8 * width:.1f}" '
+            f'height="{bottom - y:.1f}">{title}</rect>'
+        )
+    for name, level in levels.items():
+        y = y_of(level)
+        title = f"<title>{level:.2f} ms</title>"
+        body.append(
+            f'<line class="line {name}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}">{title}</line>'
+        )
+    return _svg("".join(body), label)
+
+
+def _centres(steps: int) -> list[float]:
+    width = (WIDTH - LEFT - RIGHT) / max(1, steps)
+    return [LEFT + width * (i + 0.5) for i in range(steps)]
+
+
+def stage_bars(rows: Sequence[tuple[str, Mapping[str, float], str]], label: str) -> str:
+    """Horizontal bars, split by stage: rows of (name, {stage: ms}, words at the end)."""
+    longest = max(sum(stages.values()) for _, stages, _ in rows)
+    room, height, pitch = WIDTH - 96, 20, 50
+    body = []
+    for number, (name, stages, words) in enumerate(rows):
+        y = 6 + pitch * number
+        body.append(_text(0, y + 10, name, "start", "strong"))
+        x = 0.0
+        for stage, value in stages.items():
+            width = value / longest * room
+            title = f"<title>{escape(name)}, {stage}: {value:.1f} ms</title>"
+            place = f'x="{x:.1f}" y="{y + 16}" width="{max(width, 0.5):.1f}" height="{height}"'
+            body.append(f'<rect class="stage-{stage}" {place}>{title}</rect>')
+            x += width
+        body.append(_text(x + 8, y + 31, words, "start"))
+    return _svg("".join(body), label, 6 + pitch * len(rows))

@@ -1,0 +1,1 @@
+"""Feature caching as step programs."""

@@ -1,0 +1,1 @@
+"""Denoiser families: each names the parts of one architecture that passes and export ask for."""

@@ -1,0 +1,177 @@
+"""U-Nets with Stable Diffusion's topology (`UNet2DConditionModel`): their layers in order, and graphs that run a part.
+
+The down and up paths are read as two flat lists of layers. Skip 0 is `conv_in`'s output, down layer u makes skip u + 1,
+and up layer k consumes skip `len(up) - 1 - k`. A cache at branch b keeps the hidden state that enters up layer
+`len(up) - 1 - b`; a step that reads it needs `conv_in`, the first b down layers and the last b + 1 up layers
+(Ma et al. 2023, DeepCache, Figure 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpress.errors import DiffpressError
+
+# Conditions that this adapter does not pass on; a model that has one is refused by name.
+_UNSUPPORTED = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "timestep_post_act")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One step of the down or up path; `resample` comes after resnet and attention, or alone on the way down."""
+
+    resnet: nn.Module | None
+    attention: nn.Module | None
+    resample: nn.Module | None
+
+    def __call__(self, hidden: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        if self.resnet is not None:
+            hidden = self.resnet(hidden, time)
+        if self.attention is not None:
+            hidden = self.attention(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        return hidden if self.resample is None else self.resample(hidden)
+
+
+def check(denoiser: Any) -> None:
+    """Raise `DiffpressError` unless `denoiser` is a U-Net that this adapter runs exactly."""
+    name = type(denoiser).__name__
+    if name != "UNet2DConditionModel":
+        raise DiffpressError(f"denoiser {name} is not supported yet: diffpress compresses UNet2DConditionModel")
+    set_fields = [field for field in _UNSUPPORTED if getattr(denoiser.config, field, None) is not None]
+    if set_fields:
+        raise DiffpressError(f"a U-Net with {', '.join(set_fields)} is not supported yet")
+    for block in [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]:
+        if not hasattr(block, "resnets"):
+            raise DiffpressError(f"a U-Net with {type(block).__name__} is not supported yet")
+
+
+def _pairs(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    return list(zip(block.resnets, attentions, strict=True))
+
+
+def down_layers(unet: Any) -> list[Layer]:
+    """The down path in order, a layer per skip that it makes."""
+    layers = []
+    for block in unet.down_blocks:
+        layers += [Layer(resnet, attention, None) for resnet, attention in _pairs(block)]
+        layers += [Layer(None, None, resample) for resample in block.downsamplers or []]
+    return layers
+
+
+def up_layers(unet: Any) -> list[Layer]:
+    """The up path in order, a layer per skip that it consumes."""
+    layers = []
+    for block in unet.up_blocks:
+        pairs = _pairs(block)
+        for index, (resnet, attention) in enumerate(pairs):
+            resample = block.upsamplers[0] if block.upsamplers and index == len(pairs) - 1 else None
+            layers.append(Layer(resnet, attention, resample))
+    return layers
+
+
+def branches(unet: Any) -> int:
+    """How many cache branches there are; branch b keeps b + 1 up layers. The last one would cache the mid block."""
+    return len(up_layers(unet))
+
+
+def feature_shape(unet: Any, branch: int, height: int, width: int) -> tuple[int, int, int]:
+    """[C, H, W] of the feature of `branch` for latents of height x width."""
+    graph = UNetGraph(unet, writes=branch)
+    sample = torch.zeros(1, unet.config.in_channels, height, width)
+    text = torch.zeros(1, 1, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        _, feature = graph(sample, torch.ones(1), text)
+    _, channels, rows, columns = feature.shape
+    return channels, rows, columns
+
+
+def quantizable(unet: Any) -> dict[str, nn.Module]:
+    """Module path to Conv2d or Linear, without first and last convolution and time modules (small, sensitive)."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        and name not in ("conv_in", "conv_out")
+        and not name.startswith("time_embedding")
+        and not name.endswith("time_emb_proj")
+    }
+
+
+def time_projections(unet: Any) -> dict[str, nn.Module]:
+    """Module path to every ResBlock whose time projection depends on the timestep alone."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if getattr(module, "time_emb_proj", None) is not None and module.time_embedding_norm == "default"
+    }
+
+
+def time_embedding(unet: Any, timesteps: Tensor) -> Tensor:
+    """The embedding [N, D] of timesteps [N], before the ResBlocks' own projections."""
+    projected = unet.time_proj(timesteps)
+    if projected.is_floating_point():
+        projected = projected.to(unet.conv_in.weight.dtype)
+    embedded = unet.time_embedding(projected)
+    return embedded if unet.time_embed_act is None else unet.time_embed_act(embedded)
+
+
+class UNetGraph(nn.Module):
+    """A U-Net that hands out the feature of branch `writes`, or takes that of branch `reads` instead of computing it.
+
+    Inputs: sample [N, C, H, W], timestep [1], encoder_hidden_states [N, T, D] and, when reading, the feature.
+    Output: (out_sample [N, C, H, W],) or, when writing, (out_sample, feature).
+    """
+
+    def __init__(self, unet: Any, reads: int | None = None, writes: int | None = None) -> None:
+        super().__init__()
+        self.unet = unet
+        self.reads = reads
+        self.writes = writes
+        self._down = down_layers(unet)
+        self._up = up_layers(unet)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, feature: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        unet = self.unet
+        if unet.config.center_input_sample:
+            sample = 2 * sample - 1
+        # One row serves the whole batch: every sample of a call stands at the same timestep.
+        time = time_embedding(unet, timestep)
+        last = len(self._up) - 1
+        hidden = unet.conv_in(sample)
+        skips = [hidden]
+        kept = self._down if self.reads is None else self._down[: self.reads]
+        for layer in kept:
+            hidden = layer(hidden, time, encoder_hidden_states)
+            skips.append(hidden)
+        if self.reads is None:
+            hidden = self._mid(hidden, time, encoder_hidden_states)
+            first = 0
+        else:
+            assert feature is not None, "a graph that reads needs its feature"
+            hidden, first = feature, last - self.reads
+        outputs: tuple[Tensor, ...] = ()
+        for index in range(first, last + 1):
+            if self.writes is not None and index == last - self.writes:
+                outputs = (hidden,)
+            hidden = torch.cat([hidden, skips[last - index]], dim=1)
+            hidden = self._up[index](hidden, time, encoder_hidden_states)
+        if unet.conv_norm_out is not None:
+            hidden = unet.conv_act(unet.conv_norm_out(hidden))
+        return (unet.conv_out(hidden), *outputs)
+
+    def _mid(self, hidden: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        block = self.unet.mid_block
+        if block is None:
+            return hidden
+        return block(hidden, time, encoder_hidden_states=text) if _has_cross_attention(block) else block(hidden, time)
+
+
+def _has_cross_attention(block: Any) -> bool:
+    return bool(getattr(block, "has_cross_attention", False))

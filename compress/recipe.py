@@ -1,0 +1,102 @@
+"""Recipes: what the user asks, as YAML. Unknown keys are errors; presets ship in `recipes/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from diffpress.compress.cache.deepcache import CachePass
+from diffpress.compress.quantize.int8 import QuantizePass
+from diffpress.compress.temporal.table import TemporalTablePass
+from diffpress.compress.work import Pass
+from diffpress.errors import DiffpressError
+
+PASSES: dict[str, type[Any]] = {
+    "quantize": QuantizePass,
+    "temporal-table": TemporalTablePass,
+    "cache": CachePass,
+}
+
+
+class CalibrationOptions(BaseModel):
+    """How much of the reference pipeline passes get to see."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    prompts: Annotated[int, Field(ge=1)] = 16
+    steps: Annotated[int, Field(ge=1, description="calls recorded per prompt, at a uniform stride")] = 10
+
+
+class Recipe(BaseModel):
+    """A recipe file: sampling settings, calibration effort, and an ordered list of passes with their fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    description: str = ""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None  # None: 3.0 for shapes, 7.5 elsewhere
+    calibration: CalibrationOptions = CalibrationOptions()
+    passes: tuple[str | dict[str, Any], ...] = ()
+
+    def built(self) -> list[tuple[str, Pass]]:
+        """The passes in order, validated; raises `DiffpressError` naming the key that is wrong."""
+        return [_build(entry) for entry in self.passes]
+
+
+def _build(entry: str | Mapping[str, Any]) -> tuple[str, Pass]:
+    name, fields = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()), ("", {}))
+    if not isinstance(entry, str) and len(entry) != 1:
+        raise DiffpressError(f"recipe: each pass is one 'name: fields' entry, not {dict(entry)!r}")
+    if name not in PASSES:
+        raise DiffpressError(f"recipe: there is no pass '{name}', choose from: {', '.join(PASSES)}")
+    try:
+        return name, TypeAdapter(PASSES[name]).validate_python(fields or {})
+    except ValidationError as error:
+        raise DiffpressError(f"recipe: pass '{name}': {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "value"
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key '{where}'"
+    return f"'{where}': {problem['msg'].lower()}, got {problem['input']!r}"
+
+
+def presets() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    folder = Path(str(files("diffpress") / "compress" / "recipes"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load(name_or_file: str) -> Recipe:
+    """A preset by name, or a YAML file; raises `DiffpressError` for anything that is not a whole, valid recipe."""
+    known = presets()
+    file = known.get(name_or_file, Path(name_or_file))
+    if not file.is_file():
+        raise DiffpressError(
+            f"there is no recipe '{name_or_file}': name a preset ({', '.join(known)}) or a YAML file that exists"
+        )
+    try:
+        document = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DiffpressError(f"recipe {file} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise DiffpressError(f"recipe {file} must be a mapping with 'name' and 'passes'")
+    try:
+        recipe = Recipe.model_validate({"name": file.stem, **document})
+    except ValidationError as error:
+        raise DiffpressError(f"recipe {file}: {_first(error)}") from error
+    recipe.built()
+    return recipe
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every pass's fields filled in, for the manifest."""
+    passes = [{name: asdict(built)} for name, built in recipe.built()]  # type: ignore[call-overload]
+    return {**recipe.model_dump(), "passes": passes}

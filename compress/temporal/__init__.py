@@ -1,0 +1,1 @@
+"""Time features as tables."""

@@ -1,0 +1,162 @@
+"""Writes a compressed pipeline as a bundle: graphs, configurations, plan, manifest, laid out as ONNX pipelines are."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import diffpress
+from diffpress.compress.families import unet as family
+from diffpress.compress.numerics.simulate import simulated
+from diffpress.export import components, graphs, parity, qdq, store
+from diffpress.export.graphs import GraphSpec
+from diffpress.plan import FULL, Plan
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def denoiser_specs(
+    denoiser: Any, plan: Plan, features: Mapping[str, int], latent: tuple[int, int, int], text: tuple[int, int]
+) -> dict[str, GraphSpec]:
+    """A graph per variant of the step program, with example inputs for a batch of two (both guidance halves)."""
+    generator = torch.Generator().manual_seed(0)
+    # A timestep of the schedule: a temporal table knows no other.
+    timestep = torch.tensor([plan.sampling.timesteps[len(plan.sampling.timesteps) // 2]])
+    base = {
+        "sample": torch.randn(2, *latent, generator=generator),
+        "timestep": timestep,
+        "encoder_hidden_states": torch.randn(2, *text, generator=generator),
+    }
+    specs = {}
+    for name, variant in plan.program.variants.items():
+        reads = {feature: features[feature] for feature in variant.reads}
+        writes = {feature: features[feature] for feature in variant.writes}
+        module = family.UNetGraph(denoiser, next(iter(reads.values()), None), next(iter(writes.values()), None))
+        shapes = {feature: family.feature_shape(denoiser, branch, *latent[1:]) for feature, branch in reads.items()}
+        cached = {feature: torch.randn(2, *shape, generator=generator) for feature, shape in shapes.items()}
+        specs[name] = GraphSpec(module, base | cached, ("out_sample", *writes))
+    return specs
+
+
+def file_of(variant: str) -> str:
+    """The graph file of a variant; the full one has the name that ONNX pipelines look for."""
+    return "model.onnx" if variant == FULL else f"{variant}.onnx"
+
+
+@torch.no_grad()
+def ship(
+    pipeline: Any, plan: Plan, features: Mapping[str, int], folder: Path, entries: Mapping[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows)."""
+    sampling = plan.sampling
+    denoiser, vae = pipeline.unet, pipeline.vae
+    down = 2 ** (len(vae.config.block_out_channels) - 1)
+    latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
+    text = (components.tokens(pipeline), denoiser.config.cross_attention_dim)
+    checks: dict[str, Any] = {}
+    with graphs.plain_attention(denoiser):
+        specs = denoiser_specs(denoiser, plan, features, latent, text)
+        models = {}
+        for name, spec in progress(specs.items(), "exporting the denoiser"):
+            models[file_of(name)] = graphs.to_onnx(spec)
+        for model in models.values():
+            qdq.insert(model, plan.quantization)
+            graphs.finish(model)
+        store.save(models, folder / "unet")
+        with simulated(denoiser, plan.quantization):
+            for name, spec in progress(specs.items(), "checking the denoiser"):
+                checks[f"unet/{file_of(name)}"] = _checked(folder / "unet" / file_of(name), spec)
+    for name, spec in progress(
+        components.specs(pipeline, sampling.height, sampling.width).items(), "exporting the rest"
+    ):
+        model = graphs.to_onnx(spec)
+        graphs.finish(model)
+        store.save({"model.onnx": model}, folder / name)
+        checks[f"{name}/model.onnx"] = _checked(folder / name / "model.onnx", spec)
+    _write_configs(pipeline, folder)
+    plan.save(folder / "plan")
+    shapes = {
+        feature: list(family.feature_shape(denoiser, branch, *latent[1:])) for feature, branch in features.items()
+    }
+    return {
+        "diffpress": diffpress.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)},
+        "sampling": sampling.to_json(),
+        "scheduler": {"class": sampling.scheduler, "config": _plain(pipeline.scheduler.config)},
+        "program": plan.program.to_json(),
+        "graphs": {name: f"unet/{file_of(name)}" for name in specs},
+        "features": shapes,
+        "latent": {
+            "channels": latent[0],
+            "height": latent[1],
+            "width": latent[2],
+            "scaling_factor": vae.config.scaling_factor,
+            "shift_factor": vae.config.get("shift_factor") or 0.0,
+        },
+        "text": {"hidden": text[1], "tokens": text[0]},
+        "parity": checks,
+        **entries,
+        "sizes": {**entries.get("sizes", {}), "denoiser_compressed": folder_bytes(folder / "unet", ".onnx*")},
+    }
+
+
+def folder_bytes(folder: Path, pattern: str = "*") -> int:
+    """Bytes of a folder's files; `pattern` is the end of their names."""
+    return sum(file.stat().st_size for file in folder.rglob(f"*{pattern}") if file.is_file())
+
+
+def _checked(file: Path, spec: GraphSpec) -> dict[str, Any]:
+    return parity.check(file, spec.module, spec.inputs, spec.outputs)
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, default=str))
+
+
+def _write_configs(pipeline: Any, folder: Path) -> None:
+    parts: dict[str, nn.Module] = {
+        "unet": pipeline.unet,
+        "vae_decoder": pipeline.vae,
+        "vae_encoder": pipeline.vae,
+        "text_encoder": pipeline.text_encoder,
+    }
+    for name, part in parts.items():
+        config: Any = part.config
+        (folder / name / "config.json").write_text(
+            json.dumps(_plain(config.to_dict() if hasattr(config, "to_dict") else config), indent=1)
+        )
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    shutil.rmtree(folder / "tokenizer" / ".cache", ignore_errors=True)
+    # The classes that optimum writes, so that its pipelines find their parts.
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "text_encoder": ["diffusers", "OnnxRuntimeModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "OnnxRuntimeModel"],
+        "vae_decoder": ["diffusers", "OnnxRuntimeModel"],
+        "vae_encoder": ["diffusers", "OnnxRuntimeModel"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))

@@ -1,0 +1,226 @@
+"""Inference libraries behind one small interface: a session runs one graph, arrays in, arrays out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffpress.errors import DiffpressError, require
+
+ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+PRECISIONS = ("fp32", "bf16")
+Feeds = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph; None in `shape` is a dimension the graph leaves open (the batch)."""
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+
+
+class Session(Protocol):
+    """One graph, ready to run. The arrays that `run` returns are the caller's."""
+
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
+
+    def prepare(self, batch: int) -> None:
+        """Do now what the first run of this batch size would have to do."""
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """Every output of the graph. Raises `DiffpressError` when the library refuses the feeds."""
+
+
+def available() -> list[tuple[str, str]]:
+    """The (backend, precision) pairs that run on this machine, the preferred one first."""
+    pairs = []
+    if _installed(OPENVINO):
+        pairs += [(OPENVINO, "fp32")]
+        if _has_bf16():
+            pairs += [(OPENVINO, "bf16")]
+    if _installed(ONNXRUNTIME):
+        pairs += [(ONNXRUNTIME, "fp32")]
+    return pairs
+
+
+def check(backend: str, precision: str) -> None:
+    """Raise `DiffpressError` saying what to do unless (backend, precision) runs on this machine."""
+    if backend not in _BACKENDS:
+        raise DiffpressError(f"there is no backend '{backend}': choose one of {', '.join(_BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise DiffpressError(f"there is no precision '{precision}': choose one of {', '.join(PRECISIONS)}")
+    if backend == ONNXRUNTIME:
+        _onnxruntime()
+    else:
+        _openvino()
+    if backend == ONNXRUNTIME and precision != "fp32":
+        raise DiffpressError(f"ONNX Runtime computes in fp32 here, not {precision}: use --backend openvino")
+    if precision == "bf16" and not _has_bf16():
+        raise DiffpressError("this processor has no bf16 arithmetic: use --precision fp32")
+
+
+def open_session(file: Path, backend: str, precision: str = "fp32", threads: int | None = None) -> Session:
+    """Open an ONNX graph. `threads` None leaves their number to the library.
+
+    Raises `DiffpressError` when the backend or precision does not run here or the file cannot be read.
+    """
+    check(backend, precision)
+    if threads is not None and threads < 1:
+        raise DiffpressError(f"threads is {threads}: at least 1 is needed")
+    if not file.is_file():
+        raise DiffpressError(f"there is no graph at {file}")
+    return _BACKENDS[backend](file, precision, threads)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    """The telling line of a library's error: OpenVINO starts with the places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API"))]
+    return (telling or lines or [type(error).__name__])[0]
+
+
+@cache
+def _onnxruntime() -> ModuleType:
+    """Import onnxruntime without its telemetry, which is on by default."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when the library starts
+    return require("onnxruntime", "cpu", "run on ONNX Runtime")
+
+
+class _OnnxRuntime:
+    """ONNX Runtime on the CPU; takes any batch size, so there is nothing to prepare."""
+
+    def __init__(self, file: Path, precision: str, threads: int | None) -> None:
+        library: Any = _onnxruntime()
+        self._errors = _onnxruntime_errors()
+        self._file = file
+        options = library.SessionOptions()
+        options.log_severity_level = 4  # fatal; errors arrive as exceptions and would be said twice
+        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.execution_mode = library.ExecutionMode.ORT_SEQUENTIAL
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # Each variant has its own threads; those of the idle one must not spin while another runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self._session = library.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except self._errors as error:
+            raise DiffpressError(f"ONNX Runtime cannot open {file}: {_first_line(error)}") from error
+        self.inputs: Mapping[str, Port] = {node.name: _onnxruntime_port(node) for node in self._session.get_inputs()}
+        self.outputs: Mapping[str, Port] = {node.name: _onnxruntime_port(node) for node in self._session.get_outputs()}
+
+    def prepare(self, batch: int) -> None:
+        pass
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+        except self._errors as error:
+            raise DiffpressError(f"ONNX Runtime cannot run {self._file}: {_first_line(error)}") from error
+
+
+def _onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """Every error class of the library, which share no base but Exception, and that of wrong input names."""
+    module = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return (*kinds, ValueError)
+
+
+def _onnxruntime_port(node: Any) -> Port:
+    names = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(bool)": "bool"}
+    dtype = names.get(node.type, node.type.removeprefix("tensor(").removesuffix(")"))
+    return Port(tuple(size if isinstance(size, int) else None for size in node.shape), np.dtype(dtype))
+
+
+@cache
+def _openvino() -> ModuleType:
+    """Import openvino without its telemetry, which would otherwise report every import and write to the home folder."""
+    silenced = "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules
+    if silenced:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # import fails: openvino takes its stub
+    try:
+        return require("openvino", "cpu", "run on OpenVINO")
+    finally:
+        if silenced:
+            del sys.modules["openvino_telemetry"]
+
+
+@cache
+def _core() -> Any:
+    return _openvino().Core()
+
+
+def _has_bf16() -> bool:
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class _OpenVino:
+    """OpenVINO on the CPU. Static shapes are faster, so a model is compiled for each batch size that is seen."""
+
+    def __init__(self, file: Path, precision: str, threads: int | None) -> None:
+        self._file = file
+        self._config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],  # unset, it would be bf16
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if threads is not None:
+            self._config["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._model = _core().read_model(str(file))
+        except RuntimeError as error:
+            raise DiffpressError(f"OpenVINO cannot open {file}: {_first_line(error)}") from error
+        # A tensor can carry the names of several nodes; the one of the ONNX file is that of the parameter or result.
+        self.inputs: Mapping[str, Port] = {port.node.friendly_name: _openvino_port(port) for port in self._model.inputs}
+        self.outputs: Mapping[str, Port] = {
+            port.node.friendly_name.removesuffix("/sink_port_0"): _openvino_port(port) for port in self._model.outputs
+        }
+        self._requests: dict[int, Any] = {}
+
+    def prepare(self, batch: int) -> None:
+        if batch in self._requests:
+            return
+        model = self._model.clone()
+        shapes = {name: [batch if size is None else size for size in port.shape] for name, port in self.inputs.items()}
+        try:
+            model.reshape({port: shapes[name] for name, port in zip(self.inputs, model.inputs, strict=True)})
+            self._requests[batch] = _core().compile_model(model, "CPU", self._config).create_infer_request()
+        except RuntimeError as error:
+            raise DiffpressError(f"OpenVINO cannot compile {self._file}: {_first_line(error)}") from error
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        batch = next((feeds[name].shape[0] for name, port in self.inputs.items() if None in port.shape), 1)
+        self.prepare(batch)
+        request = self._requests[batch]
+        arrays = [np.asarray(feeds[name], port.dtype, order="C") for name, port in self.inputs.items()]
+        try:
+            # Inputs are lent; outputs are copied, because the next run writes over them.
+            results = request.infer(dict(enumerate(arrays)), share_inputs=True, share_outputs=False)
+        except (RuntimeError, ValueError) as error:
+            raise DiffpressError(f"OpenVINO cannot run {self._file}: {_first_line(error)}") from error
+        return {name: results[index] for index, name in enumerate(self.outputs)}
+
+
+def _openvino_port(port: Any) -> Port:
+    shape = tuple(None if size.is_dynamic else size.get_length() for size in port.partial_shape)
+    return Port(shape, np.dtype(port.element_type.to_dtype()))
+
+
+_BACKENDS: dict[str, Callable[[Path, str, int | None], Session]] = {OPENVINO: _OpenVino, ONNXRUNTIME: _OnnxRuntime}

@@ -1,0 +1,248 @@
+"""The pipeline: prompts and seeds in, pictures out, from a bundle and one inference library."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from diffpress import bundle as bundles
+from diffpress.bundle import Bundle
+from diffpress.errors import DiffpressError
+from diffpress.plan import FULL, Sampling, StepProgram
+from diffpress.runtime import backends, sampler
+from diffpress.runtime.backends import Session
+from diffpress.runtime.image import to_pixels
+from diffpress.runtime.noise import randn
+from diffpress.runtime.program import Denoiser, open_denoiser
+from diffpress.runtime.tokenizer import Tokenizer
+
+OnStep = Callable[[int, np.ndarray], None]  # (index of the call, sample after it [N, C, h, w])
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a pipeline made. `problem` names NaN or constant images in one line and is None when there are none."""
+
+    pixels: np.ndarray  # uint8 [N, H, W, 3]
+    latents: list[np.ndarray]  # the sample [N, C, h, w] after each step, when asked for
+    stage_ms: dict[str, float]  # text, denoise, decode
+    step_ms: list[float]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A bundle, opened on one backend. Make it with `load`, call it with prompts."""
+
+    bundle: Bundle
+    backend: str
+    precision: str
+    sampling: Sampling
+    tokenizer: Tokenizer
+    text_encoder: Session
+    denoiser: Denoiser
+    vae_decoder: Session
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Bundle,
+        backend: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Pipeline:
+        """Open a bundle; a path is verified file by file, a `Bundle` is taken as it is.
+
+        "auto" is what the bundle's bench found fastest, where that runs here. `sampling` replaces the bundle's
+        schedule, which only a bundle whose graphs are not bound to theirs allows. Raises `DiffpressError`.
+        """
+        bundle = source if isinstance(source, Bundle) else bundles.load(source)
+        backend, precision = choose(backend, precision, bundle.manifest.get("default_backend"), backends.available())
+        backends.check(backend, precision)
+        try:
+            schedule, program = _schedule(bundle, sampling)
+            graphs = {name: _listed(bundle, graph) for name, graph in bundle.manifest["graphs"].items()}
+            tokenizer = Tokenizer.load(bundle.file("tokenizer"), bundle.manifest["text"]["tokens"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DiffpressError(
+                f"{bundle.file(bundles.MANIFEST)} is not as diffpress wrote it ({error!r}): compress again"
+            ) from error
+
+        def open_graph(file: Path, precision: str = precision) -> Session:
+            return backends.open_session(file, backend, precision, threads)
+
+        return cls(
+            bundle,
+            backend,
+            precision,
+            schedule,
+            tokenizer,
+            # Always fp32: it runs once per image, and its error would be in every step.
+            open_graph(_listed(bundle, "text_encoder/model.onnx"), "fp32"),
+            open_denoiser(program, graphs, open_graph),
+            open_graph(_listed(bundle, "vae_decoder/model.onnx")),
+        )
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        on_step: OnStep | None = None,
+        keep_latents: bool = False,
+    ) -> Images:
+        """Make one picture for each prompt and seed, as diffusers would with a CPU generator per image.
+
+        `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone. Times leave out what
+        happens once per batch size (compilation). Raises `DiffpressError` for arguments that make no sense.
+        """
+        scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        _check_arguments(prompts, seeds, negative_prompt, scale)
+        guided, count = scale > 1, len(prompts)
+        self.text_encoder.prepare(count + guided)
+        self.denoiser.prepare(count * (1 + guided))
+        self.vae_decoder.prepare(1)
+
+        started = perf_counter()
+        hidden = self._encode(prompts, negative_prompt if guided else None)
+        encoded = perf_counter()
+        shape = (1, *(self.bundle.manifest["latent"][name] for name in ("channels", "height", "width")))
+        noise = np.concatenate([randn(seed, shape) for seed in seeds])
+        latents = noise * np.float32(self.sampling.init_noise_sigma)
+        kept, ticks = [], [perf_counter()]
+        denoise = self.denoiser.start(hidden)
+        samples = sampler.sample(self.sampling, guide(denoise, scale), latents)
+        for index, latents in enumerate(samples):
+            ticks.append(perf_counter())
+            if keep_latents:
+                kept.append(latents)
+            if on_step is not None:
+                on_step(index, latents)
+        denoised = perf_counter()
+        decoded = self._decode(latents)
+        pixels = to_pixels(decoded)
+        ended = perf_counter()
+
+        stages = {"text": encoded - started, "denoise": denoised - encoded, "decode": ended - denoised}
+        return Images(
+            pixels,
+            kept,
+            {name: seconds * 1e3 for name, seconds in stages.items()},
+            [(after - before) * 1e3 for before, after in pairwise(ticks)],
+            find_problem(latents, decoded, pixels),
+        )
+
+    def _encode(self, prompts: Sequence[str], negative_prompt: str | None) -> np.ndarray:
+        """Text features [N, T, D], or [2 N, T, D] with the negative prompt's rows first."""
+        negative = [] if negative_prompt is None else [negative_prompt]
+        ids = self.tokenizer.encode([*negative, *prompts])
+        hidden = self.text_encoder.run({"input_ids": ids})["last_hidden_state"]
+        if negative_prompt is None:
+            return hidden
+        return np.concatenate([np.repeat(hidden[:1], len(prompts), axis=0), hidden[1:]])
+
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
+        """Floats [N, 3, H, W]; one image at a time, which costs nothing on a CPU and needs the memory of one."""
+        latent = self.bundle.manifest["latent"]
+        scaled = latents / np.float32(latent["scaling_factor"]) + np.float32(latent.get("shift_factor") or 0.0)
+        rows = [scaled[index : index + 1] for index in range(len(scaled))]
+        return np.concatenate([self.vae_decoder.run({"latent_sample": row})["sample"] for row in rows])
+
+
+def guide(denoise: sampler.Denoise, scale: float) -> sampler.Denoise:
+    """Classifier-free guidance (Ho and Salimans 2022) as diffusers writes it: u + scale (c - u), rows of u first."""
+    if scale <= 1:
+        return denoise
+
+    def guided(index: int, sample: np.ndarray, timestep: float) -> np.ndarray:
+        output = denoise(index, np.concatenate([sample, sample]), timestep)
+        unconditional, conditional = output[: len(sample)], output[len(sample) :]
+        return unconditional + np.float32(scale) * (conditional - unconditional)
+
+    return guided
+
+
+def choose(backend: str, precision: str, preferred: Any, runnable: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Resolve "auto": the bundle's measured default where it runs here and fits what was asked, else the first
+    runnable pair that fits (OpenVINO before ONNX Runtime, fp32 before bf16). What is asked for by name is kept.
+    """
+
+    def fits(pair: tuple[str, str]) -> bool:
+        return backend in ("auto", pair[0]) and precision in ("auto", pair[1])
+
+    if backend != "auto" and precision != "auto":
+        return backend, precision
+    default = [(preferred["name"], preferred["precision"])] if preferred else []
+    for pair in [pair for pair in default if pair in runnable] + list(runnable):
+        if fits(pair):
+            return pair
+    if backend == "auto" and not runnable:
+        raise DiffpressError("no inference library is installed: pip install 'diffpress[cpu]'")
+    # Nothing fits: name a pair whose check says what is wrong.
+    return backends.OPENVINO if backend == "auto" else backend, "fp32" if precision == "auto" else precision
+
+
+def find_problem(latents: np.ndarray, decoded: np.ndarray, pixels: np.ndarray) -> str | None:
+    """One line that names every image whose values are not finite or whose pixels are all the same."""
+    found = []
+    for index in range(len(pixels)):
+        if not np.isfinite(latents[index]).all():
+            found.append(f"image {index}: the denoiser produced NaN or infinite values")
+        elif not np.isfinite(decoded[index]).all():
+            found.append(f"image {index}: the decoder produced NaN or infinite values")
+        elif (pixels[index] == pixels[index][0, 0]).all():
+            found.append(f"image {index}: every pixel has the same colour")
+    return "; ".join(found) or None
+
+
+def _schedule(bundle: Bundle, override: Sampling | None) -> tuple[Sampling, StepProgram]:
+    """The sampling and the step program to run; a plain bundle runs any schedule, a bound one only its own."""
+    program = StepProgram.from_json(bundle.manifest["program"])
+    sampling = Sampling.from_json(bundle.manifest["sampling"])
+    if override is not None and override != sampling:
+        if set(program.steps) != {FULL}:
+            raise DiffpressError("this bundle's step program is bound to its schedule: it cannot take another one")
+        if _has_temporal_table(bundle):
+            raise DiffpressError("this bundle's temporal table is bound to its schedule: it cannot take another one")
+        sampling = override
+        program = replace(program, steps=(FULL,) * len(sampling.timesteps))
+    sampler.check(sampling)
+    if len(program.steps) != len(sampling.timesteps):
+        rows, calls = len(program.steps), len(sampling.timesteps)
+        raise DiffpressError(f"the step program has {rows} rows, the schedule {calls} calls: compress again")
+    return sampling, program
+
+
+def _listed(bundle: Bundle, name: str) -> Path:
+    """A file of the bundle; only one whose hash the manifest knows is opened."""
+    if name not in bundle.manifest["files"]:
+        raise DiffpressError(f"{bundle.path} does not list the file {name}: compress again")
+    return bundle.file(name)
+
+
+def _has_temporal_table(bundle: Bundle) -> bool:
+    file = bundle.file("plan/plan.json")
+    if not file.is_file():
+        return any(entry.get("name") == "temporal-table" for entry in bundle.manifest.get("passes", ()))
+    return json.loads(file.read_text("utf-8")).get("temporal") is not None
+
+
+def _check_arguments(prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str, scale: float) -> None:
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in [*prompts, negative_prompt]):
+        raise DiffpressError("prompts must be a list of texts and negative_prompt a text")
+    if not prompts:
+        raise DiffpressError("there is no prompt: give at least one")
+    if len(seeds) != len(prompts):
+        raise DiffpressError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each prompt")
+    if not math.isfinite(scale):
+        raise DiffpressError(f"guidance_scale is {scale}: give a finite number")

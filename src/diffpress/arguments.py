@@ -1,0 +1,136 @@
+"""What each command of the command line takes, with an example of its use."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from diffpress import __version__
+from diffpress.errors import DiffpressError
+
+Command = Callable[[argparse.Namespace], None]
+
+BUNDLE = "a folder that 'diffpress compress' made"
+
+# Name -> what it does, and an example with what a first user wants to know.
+TEACHING = {
+    "compress": (
+        "compress a pipeline into a bundle",
+        """  diffpress compress ./stable-diffusion-v1-5 --recipe balanced --output sd15/
+makes sd15/: INT8 graphs, cached steps and everything that 'diffpress run' needs. Recipes: fp32 (export only), int8,
+cache, balanced, or a YAML file of your own. With --target sm89 the engines for that GPU are built as well.""",
+    ),
+    "build": (
+        "build a bundle's TensorRT engines, without a GPU",
+        """  diffpress build sd15/ --target sm89 --target sm120
+writes sd15/engines/sm89/ (GeForce RTX 40) and sd15/engines/sm120/ (RTX 50); sm86 is RTX 30.
+Needs pip install 'diffpress[tensorrt-rtx]'.""",
+    ),
+    "run": (
+        "draw an image with a bundle, without torch",
+        """  diffpress run sd15/ "a lighthouse at dusk" -o out.png --seed 7
+The same bundle, prompt and seed give the same image. Needs numpy and one inference library: 'diffpress[cpu]'.""",
+    ),
+    "bench": (
+        "measure a bundle's speed and quality against its model",
+        """  diffpress bench sd15/ --against ./stable-diffusion-v1-5 --images 50
+writes sd15/report/report.html: speed and quality side by side with diffusers and with the uncompressed export.""",
+    ),
+    "inspect": (
+        "show what is inside a bundle and whether it is whole",
+        """  diffpress inspect sd15/
+Exits with code 2 when a file is missing or has changed.""",
+    ),
+    "demo": (
+        "compress, build, run and measure the embedded pipeline",
+        """  diffpress demo --output demo/
+takes under 10 minutes on two processor cores, needs no download, and says where its report is.""",
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage as one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DiffpressError(f"{message} (see '{self.prog} --help')")
+
+
+def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser; parsed options hold the chosen function as `command`. Wrong usage raises `DiffpressError`."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--quiet", action="store_true", help="no progress and no summary, only errors")
+    common.add_argument("--verbose", action="store_true", help="show what the libraries underneath say")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "parents": [common]}
+    top = _Parser(
+        prog="diffpress",
+        description="Compress a diffusers pipeline, ship it as ONNX and TensorRT engines, and measure what was lost.",
+        epilog="Start with: diffpress demo",
+        **layout,
+    )
+    top.add_argument("--version", action="version", version=f"diffpress {__version__}")
+    top.set_defaults(quiet=False, verbose=False, debug=False)
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    made = {}
+    for name, (purpose, example) in TEACHING.items():
+        description = f"{purpose[0].upper()}{purpose[1:]}."
+        made[name] = subparsers.add_parser(
+            name, help=purpose, description=description, epilog=f"example:\n{example}", **layout
+        )
+        made[name].set_defaults(command=commands[name])
+
+    add = made["compress"].add_argument
+    add("model", metavar="MODEL", help="a diffusers folder, a hub id, or 'shapes' (the embedded pipeline)")
+    add("--recipe", required=True, metavar="NAME_OR_FILE", help="fp32, int8, cache, balanced or a YAML file")
+    add("--output", required=True, type=Path, metavar="BUNDLE", help="the folder to make; must not exist")
+    add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line (default: built in)")
+    add("--steps", type=_whole(1), metavar="N", help="denoising steps of the schedule (default: the recipe's)")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="of the calibration images (default: 0)")
+    add("--target", action="append", default=[], metavar="smXX", help="build engines for it, too; may be repeated")
+
+    add = made["build"].add_argument
+    add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("--target", action="append", required=True, metavar="smXX", help="a family of GPUs; may be repeated")
+
+    add = made["run"].add_argument
+    add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("prompt", metavar="PROMPT", help="what the image shows")
+    add("-o", "--output", required=True, type=Path, metavar="FILE", help="a .png file, replaced if it exists")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="of the starting noise (default: 0)")
+    add("--negative-prompt", default="", metavar="TEXT", help="what the image should not show")
+    add("--guidance-scale", type=float, metavar="X", help="1 or less: no guidance (default: the bundle's)")
+    add("--backend", choices=("auto", "onnxruntime", "openvino"), default="auto", help="default: %(default)s")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: %(default)s")
+    add("--threads", type=_whole(1), metavar="N", help="processor threads (default: the library's choice)")
+
+    add = made["bench"].add_argument
+    add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("--against", required=True, metavar="MODEL", help="the model it was made from")
+    add("--images", type=_whole(1), default=200, metavar="N", help="for the quality figures (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the figures here as well")
+
+    add = made["inspect"].add_argument
+    add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("--json", action="store_true", help="the same as data")
+
+    add = made["demo"].add_argument
+    add("--output", type=Path, default=Path("diffpress-demo"), metavar="DIR", help="default: ./%(default)s")
+    return top
+
+
+def _whole(minimum: int) -> Callable[[str], int]:
+    """An argument type: a whole number of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        return value
+
+    return parse

@@ -1,0 +1,270 @@
+"""The command line: checks what can be checked before work starts, calls the parts, prints what they return.
+
+Importing it costs nothing but the standard library: every command loads the parts it needs, and `run` none of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffpress import arguments, bundle, errors
+
+# Whose absence is not a bug but an extra that was not installed: imported name -> extra.
+EXTRAS = {
+    **dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers"), "compress"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "pydantic", "yaml"), "compress"),
+    **dict.fromkeys(("onnxruntime", "openvino"), "cpu"),
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "modelopt": "modelopt",
+    "torchmetrics": "metrics",
+}
+# Libraries that talk while they work; what they say is for --verbose.
+CHATTY = ("transformers", "diffusers", "huggingface_hub", "torch", "torch.onnx", "onnxscript", "onnx_ir", "accelerate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for what the user can mend, 1 for a bug of ours."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = arguments.parser(COMMANDS).parse_args(words)
+        with _settled(options):
+            options.command(options)
+            sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 every error ends here, as one line
+        if "--debug" in words:
+            traceback.print_exc()
+        for link in _chain(error):
+            traceback.clear_frames(link.__traceback__)  # progress bars end, and with them their line
+        message, code = _explain(error)
+        print(f"diffpress: error: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to tell the user about an error, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted, nothing half-written was left", 2
+    if _disk_full(error):
+        return "the disk is full, nothing half-written was left: free some space and run the same command again", 2
+    if isinstance(error, errors.DiffpressError):
+        return str(error), error.exit_code
+    name = str(getattr(error, "name", None)).partition(".")[0]
+    if isinstance(error, ImportError) and name in EXTRAS:
+        return f"'{name}' is not installed, which this command needs: pip install 'diffpress[{EXTRAS[name]}]'", 2
+    if isinstance(error, MemoryError):
+        return "the machine ran out of memory: close other programs or take a machine with more", 2
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the system'}: {error.strerror}", 2
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text} (a bug in diffpress; --debug shows where)", 1
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error and those that caused it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _disk_full(error: BaseException) -> bool:
+    """Whether this error or one that caused it says so; safetensors and torch report it as text."""
+    return any(
+        getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(link)
+        for link in _chain(error)
+    )
+
+
+@contextmanager
+def _settled(options: argparse.Namespace) -> Iterator[None]:
+    """Silence the libraries' chatter, unless --verbose asked for it."""
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        yield
+        return
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")  # read when they are imported
+    if options.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in CHATTY:
+        # Above ERROR: what they log as an error they also raise, and then it is our one line.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _hide_bars(options: argparse.Namespace) -> None:
+    """Switch off the loading bars of diffusers and transformers, but not those of downloads."""
+    if options.verbose:
+        return
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if not options.quiet:
+        enable_progress_bars()
+
+
+def _compress(options: argparse.Namespace) -> None:
+    bundle.refuse_existing(options.output)
+    _check_writable(options.output)
+    if options.prompts:
+        from diffpress.calibration import prompts
+
+        prompts.read(options.prompts)
+    if options.target:
+        from diffpress.export import engines
+
+        engines.check_targets(options.target)
+    from diffpress import api
+
+    _hide_bars(options)
+    made = api.compress(
+        options.model,
+        options.recipe,
+        options.output,
+        prompts=options.prompts,
+        steps=options.steps,
+        seed=options.seed,
+        targets=options.target,
+        quiet=options.quiet,
+    )
+    if options.quiet:
+        return
+    from diffpress import inspection
+
+    for line in inspection.pass_lines(made.manifest):
+        print(line)
+    place, model = shlex.quote(str(options.output)), shlex.quote(options.model)
+    print(f"\n{made.path}: {inspection.size_line(made)}\nnext:")
+    print(f'  diffpress run {place} "a prompt of yours" -o out.png')
+    print(f"  diffpress bench {place} --against {model}")
+    print(f"  diffpress inspect {place}")
+
+
+def _build(options: argparse.Namespace) -> None:
+    opened = bundle.read(options.bundle)
+    from diffpress.export import engines
+
+    built = engines.build(opened, options.target, progress=not options.quiet)
+    for entry in built.manifest["engines"]:
+        if entry["target"] in options.target and not options.quiet:
+            size = f"{entry['bytes'] / 1e6:.1f} MB"
+            print(f"{built.path / entry['path']}  {entry['precision']}  {size}  {entry['seconds']:.1f} s")
+
+
+def _run(options: argparse.Namespace) -> None:
+    output: Path = options.output
+    if output.suffix.lower() != ".png":
+        raise errors.DiffpressError(f"{output} must end in .png: images are written as PNG")
+    _check_file(output)
+    from tqdm import tqdm
+
+    from diffpress.runtime.image import save_png
+    from diffpress.runtime.pipeline import Pipeline
+
+    pipeline = Pipeline.load(options.bundle, options.backend, options.precision, options.threads)
+    with tqdm(total=len(pipeline.sampling.timesteps), desc="denoising", unit="step", disable=options.quiet) as bar:
+
+        def tick(*_: object) -> None:
+            bar.update()
+
+        images = pipeline(
+            [options.prompt], [options.seed], options.negative_prompt, options.guidance_scale, on_step=tick
+        )
+    save_png(output, images.pixels[0])
+    if images.problem:
+        print(f"diffpress: warning: {images.problem}", file=sys.stderr)
+    if not options.quiet:
+        stages = ", ".join(f"{name} {value:.0f} ms" for name, value in images.stage_ms.items())
+        print(f"{output}: {pipeline.backend} {pipeline.precision}, {stages}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if options.json:
+        _check_file(options.json)
+    bundle.load(options.bundle)
+    from diffpress.benchmarks import verdict
+    from diffpress.benchmarks.bench import bench
+
+    _hide_bars(options)
+    report = bench(
+        options.bundle, against=options.against, images=options.images, json_file=options.json, quiet=options.quiet
+    )
+    if not options.quiet:
+        found = verdict.verdict(report)
+        print(found.headline, found.quality, found.rival_text, "", verdict.table(report), "", sep="\n")
+        print(f"report: {Path(options.bundle) / 'report' / 'report.html'}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    import json
+
+    from diffpress import inspection
+
+    seen = inspection.inspect(options.bundle)
+    print(json.dumps(seen, indent=1) if options.json else inspection.as_text(seen))
+    if found := seen["problems"]:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise errors.DiffpressError(
+            f"bundle {options.bundle} is damaged: {found[0]}{more}; compress again or restore it"
+        )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from diffpress.benchmarks.demo import demo
+
+    _hide_bars(options)
+    shown = demo(options.output, quiet=options.quiet)
+    if not options.quiet:
+        print(shown)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise when `path` could not be made: something on the way is a file, or must not be written to."""
+    folder = next((parent for parent in path.absolute().parents if parent.exists()), Path("/"))
+    if not folder.is_dir():
+        raise errors.DiffpressError(f"{path} cannot be made, {folder} is a file: choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise errors.DiffpressError(f"{path} cannot be made, {folder} is not writable: choose another place")
+
+
+def _check_file(path: Path) -> None:
+    """Raise when `path` could not be written as a file into a folder that exists."""
+    if path.is_dir():
+        raise errors.DiffpressError(f"{path} is a folder: name a file")
+    if not path.absolute().parent.is_dir():
+        raise errors.DiffpressError(f"there is no folder {path.parent} for {path.name}: make it first")
+    _check_writable(path)
+
+
+COMMANDS: dict[str, arguments.Command] = {
+    "compress": _compress,
+    "build": _build,
+    "run": _run,
+    "bench": _bench,
+    "inspect": _inspect,
+    "demo": _demo,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

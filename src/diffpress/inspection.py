@@ -1,0 +1,194 @@
+"""What `diffpress inspect` shows of a bundle: as data, and as text made from that data. Nothing is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffpress import bundle as bundles
+from diffpress.bundle import MANIFEST, Bundle
+from diffpress.errors import DiffpressError
+from diffpress.plan import Plan, Sampling, StepProgram
+
+COPIED = ("diffpress", "created", "versions", "model", "recipe", "seed", "passes", "latent", "text", "features")
+MARKS_A_LINE = 50
+LABEL = 14  # columns
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Everything about a bundle, ready for JSON. `problems` is empty when it is whole.
+
+    A damaged bundle is read as far as it can be; `DiffpressError` is raised only where there is no manifest to read.
+    """
+    bundle = bundles.read(path)
+    manifest, found = bundle.manifest, bundles.problems(bundle)
+    states = {name: _state(name, found) for name in manifest["files"]}
+    seen: dict[str, Any] = {"path": str(bundle.path), "format": manifest["format"]}
+    seen |= {name: manifest.get(name) for name in COPIED}
+    seen["sampling"] = _attempt(found, "the sampling schedule", lambda: _sampling(manifest))
+    seen["program"] = _attempt(found, "the step program", lambda: _program(manifest))
+    seen["quantization"] = _attempt(found, "the plan", lambda: _quantization(bundle))
+    seen["sizes"] = {**manifest.get("sizes", {}), **_sizes(bundle)}
+    seen |= {name: manifest.get(name) for name in ("measured", "default_backend", "parity")}
+    seen["engines"] = manifest.get("engines", [])
+    seen |= {"files": states, "unlisted": sorted(_present(bundle) - set(states)), "problems": found}
+    return seen
+
+
+def as_text(seen: Mapping[str, Any]) -> str:
+    """The lines people read, from what `inspect` returned."""
+    model, recipe = seen["model"] or {}, seen["recipe"] or {}
+    lines = [f"{seen['path']}: made {seen['created']} by diffpress {seen['diffpress']} (format {seen['format']})", ""]
+    parameters = f", {model['parameters'] / 1e6:.1f} M parameters" if model.get("parameters") else ""
+    lines += [_row("model", f"{model.get('source')} ({model.get('class')}{parameters})")]
+    lines += [_row("recipe", f"{recipe.get('name')}, seed {seen['seed']}")]
+    lines += pass_lines(seen)
+    if sampling := seen["sampling"]:
+        guidance = f"guidance {sampling['guidance_scale']:g}, {sampling['width']}x{sampling['height']} pixels"
+        lines += [_row("sampling", f"{sampling['scheduler']}, {sampling['steps']} steps, {guidance}")]
+    lines += _program_lines(seen["program"]) if seen["program"] else []
+    if quantization := seen["quantization"]:
+        formats = ", ".join(f"{count} {name}" for name, count in quantization["formats"].items())
+        lines += [_row("quantized", f"{quantization['layers']} layers ({formats})" if formats else "nothing")]
+    lines += ["", *_size_lines(seen["sizes"])]
+    if seen["measured"]:
+        lines += ["", *measured_lines(seen["measured"])]
+    if default := seen["default_backend"]:
+        lines += [_row("fastest", f"{default['name']} {default['precision']}")]
+    lines += ["", *_engine_lines(seen["engines"])]
+    for graph, parity in (seen["parity"] or {}).items():
+        lines += [_row("parity", f"{graph}: {parity['max_rel_l2']:.1e} from torch (at most {parity['tolerance']:.0e})")]
+    lines += ["", *_row_per_file(seen)]
+    return "\n".join(lines)
+
+
+def pass_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """A line per pass: its name, what it changed, how long it took."""
+    rows = manifest.get("passes") or []
+    return [_row("pass", f"{row['name']}: {row['summary']} ({row['seconds']:.1f} s)") for row in rows]
+
+
+def size_line(bundle: Bundle) -> str:
+    """The bundle's size, and the denoiser's against its FP32 weights."""
+    total, sizes = _size(sum(_sizes(bundle)["groups"].values())), bundle.manifest.get("sizes", {})
+    before, after = sizes.get("denoiser_reference"), sizes.get("denoiser_compressed")
+    return f"{total}, denoiser {_size(after)}, {after / before:.0%} of its FP32 size" if before and after else total
+
+
+def measured_lines(measured: Mapping[str, Any]) -> list[str]:
+    """Latency, speedup and quality of a bench report or of the part of it that the manifest keeps."""
+    lines = []
+    for name, row in (measured.get("latency") or {}).items():
+        spread = " ".join(f"{key.removesuffix('_ms')} {row[key]:.1f}" for key in row if key.endswith("_ms"))
+        lines.append(_row("latency", f"{name.replace('_', ' '):20} {spread} ms"))
+    for group in ("speedup", "quality"):
+        for name, value in (measured.get(group) or {}).items():
+            if isinstance(value, Mapping):
+                text = ", ".join(f"{key} {_number(entry)}" for key, entry in value.items())
+            else:
+                text = _number(value) + ("x" if group == "speedup" else "")
+            lines.append(_row(group, f"{name.replace('_', ' '):20} {text}"))
+    return lines
+
+
+def _attempt(problems: list[str], what: str, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """What `read` returns; None and one more problem when the file or the entry is not what it should be."""
+    try:
+        return read()
+    except (DiffpressError, AttributeError, KeyError, TypeError, ValueError) as error:
+        problems.append(f"{what} cannot be read: {' '.join(str(error).split())}")
+        return None
+
+
+def _state(name: str, problems: list[str]) -> str:
+    return next((line.removeprefix(f"{name} ") for line in problems if line.startswith(f"{name} ")), "OK")
+
+
+def _sampling(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    sampling = Sampling.from_json(manifest["sampling"])
+    names = ("scheduler", "steps", "guidance_scale", "height", "width")
+    return {name: getattr(sampling, name) for name in names} | {"calls": len(sampling.timesteps)}
+
+
+def _program(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    program = StepProgram.from_json(manifest["program"])
+    runs = Counter(program.steps)
+    variants = {
+        name: {"graph": manifest["graphs"][name], "calls": runs[name]} | entry
+        for name, entry in program.to_json()["variants"].items()
+    }
+    return {"marks": program.marks(), "variants": variants}
+
+
+def _quantization(bundle: Bundle) -> dict[str, Any]:
+    layers = Plan.load(bundle.file("plan")).quantization
+    return {"layers": len(layers), "formats": dict(Counter(layer.format for layer in layers.values()))}
+
+
+def _present(bundle: Bundle) -> set[str]:
+    files = (path for path in bundle.path.rglob("*") if path.is_file())
+    return {path.relative_to(bundle.path).as_posix() for path in files} - {MANIFEST}
+
+
+def _sizes(bundle: Bundle) -> dict[str, Any]:
+    """Bytes on disk by folder; files beside the manifest count as 'manifest'."""
+    groups: Counter[str] = Counter({"manifest": bundle.file(MANIFEST).stat().st_size})
+    for name in sorted(_present(bundle)):
+        groups[name.split("/")[0] if "/" in name else "manifest"] += bundle.file(name).stat().st_size
+    return {"groups": dict(groups), "bundle": sum(groups.values())}
+
+
+def _program_lines(program: Mapping[str, Any]) -> list[str]:
+    marks, lines = program["marks"], []
+    for start in range(0, len(marks), MARKS_A_LINE):
+        row = marks[start : start + MARKS_A_LINE]
+        label = "steps" if start == 0 else ""
+        lines.append(_row(label, f"{row}  {start + 1}-{start + len(row)}"))
+    for name, variant in program["variants"].items():
+        mark = "-" if variant["reads"] else "#"
+        flow = [f"{verb} {', '.join(variant[verb])}" for verb in ("reads", "writes") if variant[verb]]
+        lines.append(_row("", "; ".join([f"{mark} {name}: {variant['graph']}, {variant['calls']} calls", *flow])))
+    return lines
+
+
+def _size_lines(sizes: Mapping[str, Any]) -> list[str]:
+    lines = [_row("size", f"{_size(size):>10}  {name}") for name, size in sizes["groups"].items()]
+    lines += [_row("", f"{_size(sizes['bundle']):>10}  in all")]
+    before, after = sizes.get("denoiser_reference"), sizes.get("denoiser_compressed")
+    if before and after:
+        lines.append(_row("denoiser", f"{_size(before)} as FP32 weights, {_size(after)} here ({after / before:.0%})"))
+    return lines
+
+
+def _engine_lines(engines: list[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        _row("engine", f"{entry['path']}, {entry.get('precision')}, {_size(entry.get('bytes', 0))}")
+        for entry in engines
+    ]
+    return rows or [_row("engines", "none; 'diffpress build' makes them")]
+
+
+def _row_per_file(seen: Mapping[str, Any]) -> list[str]:
+    width = max((len(state) for state in seen["files"].values()), default=0)
+    lines = [_row("file", f"{state:{width}}  {name}") for name, state in seen["files"].items()]
+    lines += [_row("file", f"{'not listed':{width}}  {name}") for name in seen["unlisted"]]
+    problems = [_row("problem", line) for line in seen["problems"]]
+    return [*lines, "", *(problems or [_row("integrity", f"all {len(seen['files'])} files are whole")])]
+
+
+def _row(label: str, text: str) -> str:
+    return f"{label:{LABEL}}{text}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _size(size: float) -> str:
+    """Bytes as people read them, in powers of ten."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size:.0f} B"

@@ -1,0 +1,212 @@
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from diffpress import bundle
+from diffpress.bundle import Bundle
+from diffpress.errors import DiffpressError
+from diffpress.export import engines
+
+try:
+    import tensorrt_rtx
+except ImportError:
+    tensorrt_rtx = None
+
+TARGETS = ["sm86", "sm89", "sm120"]
+COMPONENTS = {"full", "cached", "text_encoder", "vae_decoder"}
+needs_library = pytest.mark.skipif(tensorrt_rtx is None, reason="tensorrt-rtx is not installed")
+
+
+def state(folder: Path) -> dict[str, str]:
+    """The digest of every file of a bundle, the manifest included."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): bundle.sha256(path) for path in files}
+
+
+def rewrite(opened: Bundle, name: str, old: str, new: str) -> Bundle:
+    """Rename an operator in a graph and list the file anew, as if the bundle had been made so."""
+    model = onnx.load(opened.file(name), load_external_data=False)
+    for node in model.graph.node:
+        node.op_type = new if node.op_type == old else node.op_type
+    opened.file(name).write_bytes(model.SerializeToString())
+    return bundle.update(opened)
+
+
+@pytest.fixture(scope="module")
+def built(_handmade: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(_handmade, folder)
+    return engines.build(bundle.load(folder), [*TARGETS, "sm89"], progress=False)
+
+
+@needs_library
+def test_engines_of_every_component_are_built_for_every_target(built: Bundle) -> None:
+    bundle.load(built.path)
+    listed = {(entry["target"], Path(entry["path"]).stem) for entry in built.manifest["engines"]}
+    assert listed == {(target, name) for target in TARGETS for name in COMPONENTS}
+    assert len(built.manifest["engines"]) == len(listed)
+    for entry in built.manifest["engines"]:
+        assert built.file(entry["path"]).stat().st_size == entry["bytes"] > 1000
+        assert entry["path"] in built.manifest["files"]
+    assert not [path for path in built.path.parent.iterdir() if path != built.path]
+
+
+@needs_library
+def test_the_sidecar_says_what_the_engine_was_made_of(built: Bundle) -> None:
+    sidecar = json.loads(built.file("engines/sm89/cached.json").read_text())
+    assert (sidecar["target"], sidecar["component"], sidecar["variant"]) == ("sm89", "unet", "cached")
+    assert sidecar["precision"] == "int8+fp32"
+    assert sidecar["shapes"]["sample"] == {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [2, 4, 8, 8]}
+    assert sidecar["shapes"]["timestep"] == {"min": [1], "opt": [1], "max": [1]}
+    assert sidecar["shapes"]["feature_0"]["max"] == [2, 32, 8, 8]
+    assert sidecar["sha256"] == {
+        name: bundle.sha256(built.file(name)) for name in ("unet/cached.onnx", "unet/model.onnx_data")
+    }
+    assert set(sidecar["versions"]) == {"tensorrt-rtx", "diffpress", "onnx"}
+    assert sidecar["bytes"] > 0 and sidecar["seconds"] > 0
+    decoder = json.loads(built.file("engines/sm89/vae_decoder.json").read_text())
+    assert (decoder["component"], decoder["variant"], decoder["precision"]) == ("vae_decoder", None, "fp32")
+    assert decoder["shapes"]["latent_sample"]["max"] == [1, 4, 8, 8]
+
+
+@needs_library
+def test_building_again_replaces_a_target_whole_and_keeps_the_others(handmade: Bundle) -> None:
+    first = engines.build(handmade, ["sm86", "sm89"], progress=False)
+    first.file("engines/sm89/stale.engine").write_bytes(b"from an earlier version")
+    kept = bundle.sha256(first.file("engines/sm86/full.engine"))
+    second = engines.build(bundle.update(first), ["sm89"], progress=False)
+    assert not second.file("engines/sm89/stale.engine").exists()
+    assert bundle.sha256(second.file("engines/sm86/full.engine")) == kept
+    assert sorted(entry["target"] for entry in second.manifest["engines"]) == ["sm86"] * 4 + ["sm89"] * 4
+    bundle.load(second.path)
+
+
+@needs_library
+@pytest.mark.parametrize("target", ["sm90", "sm", "ada", "SM89", "current", "none", ""])
+def test_an_unknown_target_is_refused_before_any_work(
+    handmade: Bundle, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "load", lambda path: pytest.fail("work was started"))
+    with pytest.raises(DiffpressError, match=r"supported: sm75, sm80, sm86, sm89, sm120"):
+        engines.build(handmade, ["sm89", target], progress=False)
+
+
+@needs_library
+def test_what_a_gpu_cannot_do_is_refused_by_the_name_of_the_node(handmade: Bundle) -> None:
+    before = state(handmade.path)
+    with pytest.raises(DiffpressError, match=r"unet/model.onnx for sm75: .*'to_q_node'.*not supported$"):
+        engines.build(handmade, ["sm89", "sm75"], progress=False)
+    assert state(handmade.path) == before
+    assert list(handmade.path.parent.iterdir()) == [handmade.path]
+
+
+@needs_library
+def test_an_operator_the_parser_does_not_know_is_named(handmade: Bundle) -> None:
+    changed = rewrite(handmade, "vae_decoder/model.onnx", "Tanh", "Sparkle")
+    before = state(changed.path)
+    with pytest.raises(DiffpressError, match=r"vae_decoder/model.onnx: node 'sample_node' \(Sparkle\)"):
+        engines.build(changed, ["sm89"], progress=False)
+    assert state(changed.path) == before
+
+
+@needs_library
+def test_a_damaged_bundle_is_not_built(handmade: Bundle) -> None:
+    handmade.file("unet/model.onnx_data").write_bytes(b"")
+    with pytest.raises(DiffpressError, match="damaged"):
+        engines.build(handmade, ["sm89"], progress=False)
+    assert not handmade.file("engines").exists()
+
+
+@needs_library
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_build_that_stops_halfway_leaves_the_bundle_as_it_was(
+    handmade: Bundle, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = engines.build(handmade, ["sm89"], progress=False)
+    before, real, calls = state(opened.path), engines._interruptible, []
+
+    def third(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(engines, "_interruptible", third)
+    with pytest.raises(type(error)):
+        engines.build(opened, ["sm89", "sm120"], progress=False)
+    assert state(opened.path) == before
+    assert list(opened.path.parent.iterdir()) == [opened.path]
+
+
+@needs_library
+@pytest.mark.parametrize("earlier", [[], ["sm89"]])
+def test_a_failure_at_the_very_end_puts_the_old_engines_back(
+    handmade: Bundle, earlier: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = engines.build(handmade, earlier, progress=False) if earlier else handmade
+    before = state(opened.path)
+
+    def fail(*arguments: Any, **changes: Any) -> Bundle:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines, "update", fail)
+    with pytest.raises(KeyboardInterrupt):
+        engines.build(opened, ["sm89", "sm120"], progress=False)
+    assert state(opened.path) == before
+    assert opened.file("engines").exists() == bool(earlier)
+
+
+@needs_library
+def test_ctrl_c_stops_the_builder_at_its_next_step() -> None:
+    class Slow:
+        """A builder that never ends by itself."""
+
+        asked = 0
+
+        def build_serialized_network(self, network: Any, config: Any) -> None:
+            config.progress_monitor.phase_start("root", None, 1)
+            config.progress_monitor.phase_start("building", "root", 1000)
+            while config.progress_monitor.step_complete("building", self.asked):
+                self.asked += 1
+                time.sleep(0.01)
+            config.progress_monitor.phase_finish("building")
+
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    builder, config = Slow(), SimpleNamespace()
+    with open(os.devnull, "w") as nowhere, pytest.raises(KeyboardInterrupt):
+        engines._interruptible(tensorrt_rtx, builder, None, config, engines.tqdm(file=nowhere, disable=True))
+    assert config.progress_monitor.stopped and 0 < builder.asked < 500
+    assert not config.progress_monitor.bars
+
+
+def test_without_a_library_the_extra_is_named(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in engines.LIBRARIES:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DiffpressError, match=r"pip install 'diffpress\[tensorrt-rtx\]'"):
+        engines.build(handmade, ["sm89"])
+
+
+def test_the_full_library_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))  # it knows no other targets
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DiffpressError, match="tensorrt cannot build for target 'sm89'; supported: none"):
+        engines.check_targets(["sm89"])
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 8.9\necho 12.0\n")
+    tool.chmod(0o755)
+    assert engines.supported_targets() == ["sm89", "sm120"]
+    engines.check_targets(["sm89"])

@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpress.errors import DiffpressError
+from diffpress.plan import FULL, LayerQuant, Plan, Sampling, StepProgram, TemporalTable, Variant
+
+VARIANTS = {FULL: Variant(writes=("feature_0",)), "cached": Variant(reads=("feature_0",))}
+
+
+def sampling() -> Sampling:
+    terms = ((("sample", 0, 0.1 + 0.2), ("output", 0, -1e-17)), (("output", 1, 1 / 3),))
+    return Sampling("DDIMScheduler", 2, 7.5, 32, 64, (999.0, 1.5), (1.0, 0.3), 14.6, terms)
+
+
+def plan() -> Plan:
+    layers = {"down_blocks.0.attn/q": LayerQuant(np.array([0.5, 0.25], np.float32), 1 / 3)}
+    table = TemporalTable((999.0, 1.5), {"down_blocks.0.resnets.0": np.arange(6, dtype=np.float32).reshape(2, 3)})
+    return Plan(sampling(), StepProgram((FULL, "cached"), VARIANTS), layers, table)
+
+
+def test_a_plan_comes_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
+    saved = plan()
+    saved.save(tmp_path / "new" / "plan")
+    loaded = Plan.load(tmp_path / "new" / "plan")
+    assert loaded.sampling == saved.sampling and loaded.program == saved.program
+    (name,) = saved.quantization
+    assert loaded.quantization.keys() == {name}
+    assert loaded.quantization[name].input_scale == saved.quantization[name].input_scale
+    assert loaded.quantization[name].format == "int8"
+    np.testing.assert_array_equal(loaded.quantization[name].weight_scale, saved.quantization[name].weight_scale)
+    assert loaded.temporal is not None and saved.temporal is not None
+    assert loaded.temporal.timesteps == saved.temporal.timesteps
+    for path, table in saved.temporal.tables.items():
+        np.testing.assert_array_equal(loaded.temporal.tables[path], table)
+        assert loaded.temporal.tables[path].dtype == table.dtype
+
+
+def test_a_plan_of_nothing_comes_back(tmp_path: Path) -> None:
+    Plan(sampling(), StepProgram((FULL, FULL))).save(tmp_path)
+    loaded = Plan.load(tmp_path)
+    assert loaded.quantization == {} and loaded.temporal is None
+    assert loaded.program.variants == {FULL: Variant()}
+
+
+def test_sampling_and_program_survive_json() -> None:
+    assert Sampling.from_json(json.loads(json.dumps(sampling().to_json()))) == sampling()
+    program = plan().program
+    assert StepProgram.from_json(json.loads(json.dumps(program.to_json()))) == program
+
+
+def test_marks_show_what_is_computed_and_what_is_reused() -> None:
+    assert StepProgram((FULL, "cached", "cached", FULL), VARIANTS).marks() == "#--#"
+    assert StepProgram(()).marks() == ""
+
+
+@pytest.mark.parametrize(
+    ("steps", "variants", "message"),
+    [
+        (("cached", FULL), VARIANTS, "step 0 reads feature 'feature_0' before any step wrote it"),
+        ((FULL, "skipped"), VARIANTS, "step 1 runs variant 'skipped', which is not one of: full, cached"),
+        (("only",), {"only": Variant()}, "needs a variant named 'full'"),
+        ((FULL, "cached"), {FULL: Variant(), "cached": Variant(("feature_0",), ("feature_0",))}, "step 1 reads"),
+    ],
+)
+def test_a_program_that_cannot_run_is_refused(
+    steps: tuple[str, ...], variants: dict[str, Variant], message: str
+) -> None:
+    with pytest.raises(DiffpressError, match=message):
+        StepProgram(steps, variants)
+
+
+@pytest.mark.parametrize("file", ["plan.json", "tensors.npz"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff\xfe", b"PK\x03\x04"])
+def test_a_broken_plan_is_one_clear_error(tmp_path: Path, file: str, content: bytes | None) -> None:
+    plan().save(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(DiffpressError, match="holds no readable plan") as caught:
+        Plan.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_pickled_tensors_are_not_executed(tmp_path: Path) -> None:
+    plan().save(tmp_path)
+    np.savez(tmp_path / "tensors.npz", evil=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(DiffpressError, match="holds no readable plan"):
+        Plan.load(tmp_path)
