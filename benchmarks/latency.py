@@ -25,21 +25,24 @@ def alternate(
     names = list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what lives now, large libraries above all, is not searched again in every round
     try:
         for turn in range(-warmup, rounds):
             shift = turn % len(names)
+            gc.collect()
+            gc.disable()  # a collection in the middle of a run would be charged to whoever runs then
             for name in names[shift:] + names[:shift]:
-                gc.collect()
-                gc.disable()  # a collection in the middle of a run would be charged to whoever runs then
                 start = time.perf_counter()
                 candidates[name](max(turn, 0))
                 elapsed_ms = (time.perf_counter() - start) * 1000
-                if collecting:
-                    gc.enable()
                 if turn >= 0:
                     times[name].append(elapsed_ms)
                 on_call(name)
+            if collecting:
+                gc.enable()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return times

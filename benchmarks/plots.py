@@ -53,7 +53,7 @@ def _axes(ticks: Mapping[str, float], steps: int, x_of: Sequence[float], unit: s
     return "".join(parts)
 
 
-def error_lines(series: Mapping[str, Sequence[float]], marks: str, label: str) -> str:
+def error_lines(series: Mapping[str, Sequence[float | None]], marks: str, label: str) -> str:
     """Relative error after each step on a logarithmic scale; keys of `series` are classes, `marks` the step program."""
     values = [value for line in series.values() for value in line if value and value > 0]
     if not values:
@@ -71,14 +71,14 @@ def error_lines(series: Mapping[str, Sequence[float]], marks: str, label: str) -
     x_of = _centres(steps)
     body = [_axes({_power(tick): y_of(tick) for tick in ticks}, steps, x_of, "relative L2")]
     for name, line in series.items():
-        points = [(x_of[i], y_of(value)) for i, value in enumerate(line) if value is not None]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        known = [(i, value) for i, value in enumerate(line) if value is not None]
+        path = " ".join(f"{x_of[i]:.1f},{y_of(value):.1f}" for i, value in known)
         body.append(f'<polyline class="line {name}" points="{path}"/>')
-        for i, (x, y) in enumerate(points):
+        for i, value in known:
             reused = name == "compressed" and i < len(marks) and marks[i] == "-"
             kind = f"dot {name} open" if reused else f"dot {name}"
-            title = f"<title>step {i + 1}: {line[i]:.3g}</title>"
-            body.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">{title}</circle>')
+            title = f"<title>step {i + 1}: {value:.3g}</title>"
+            body.append(f'<circle class="{kind}" cx="{x_of[i]:.1f}" cy="{y_of(value):.1f}" r="2.6">{title}</circle>')
     return _svg("".join(body), label)
 
 

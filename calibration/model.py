@@ -65,6 +65,16 @@ def _check_folder(folder: Path, model: str) -> None:
         )
 
 
+def _check_tokenizer(pipeline: Any, model: str) -> None:
+    """transformers makes an empty tokenizer up where files are missing; every prompt would be the same to it."""
+    tokens, expected = len(pipeline.tokenizer), pipeline.text_encoder.config.vocab_size
+    if tokens < expected or pipeline.tokenizer.model_max_length > pipeline.text_encoder.config.max_position_embeddings:
+        raise DiffpressError(
+            f"model {model} has no whole tokenizer ({tokens} tokens, its text encoder knows {expected}): "
+            "check that tokenizer/ has all its files"
+        )
+
+
 def load_pipeline(model: str) -> Any:
     """The pipeline in float32 on the CPU, in evaluation mode, without safety checker and progress bar.
 
@@ -88,6 +98,7 @@ def load_pipeline(model: str) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise DiffpressError(f"model {model} could not be loaded, check that it is whole: {reason}") from error
+    _check_tokenizer(pipeline, model)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         # A checkpoint stored in half precision must not stay there: the reference is float32.

@@ -85,6 +85,15 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_balanced(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny pipeline, compressed with `balanced` for six steps. Copy it before a change."""
+    from diffpress import api
+
+    folder = tmp_path_factory.mktemp("balanced") / "bundle"
+    return api.compress(str(tiny_pipeline), "balanced", folder, steps=6, quiet=True)
+
+
+@pytest.fixture(scope="session")
 def _handmade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("handmade") / "bundle"
     with bundle.create(folder) as partial:

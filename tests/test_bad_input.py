@@ -216,7 +216,9 @@ def cut(file: Path) -> None:
             "StableDiffusionXLPipeline is not supported",
         ),
         (lambda m: shutil.rmtree(m / "unet"), "could not be loaded"),
-        (lambda m: shutil.rmtree(m / "tokenizer"), "could not be loaded"),
+        (lambda m: shutil.rmtree(m / "tokenizer"), "tokenizer"),  # transformers makes an empty one up
+        (lambda m: (m / "tokenizer/tokenizer.json").unlink(), "tokenizer"),
+        (lambda m: (m / "tokenizer/tokenizer_config.json").unlink(), "tokenizer"),
         (lambda m: (m / "unet/diffusion_pytorch_model.safetensors").unlink(), "could not be loaded"),
         (lambda m: cut(m / "unet/diffusion_pytorch_model.safetensors"), "could not be loaded"),
         (lambda m: cut(m / "text_encoder/model.safetensors"), "could not be loaded"),

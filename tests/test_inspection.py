@@ -41,7 +41,12 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
     measured = {
         "latency": {"compressed": {"p50_ms": 101.26, "p90_ms": 120.0, "p99_ms": 130.0, "runs": 5}},
         "speedup": {"vs_eager": 6.123456, "vs_uncompressed_export": 2.0},
-        "quality": {"images": 200, "psnr_db": 31.4159, "clip_score": {"reference": 0.31, "compressed": 0.3}},
+        "quality": {
+            "images": 200,
+            "psnr_db": 31.4159,
+            "clip_score": {"reference": 0.31, "compressed": 0.3},
+            "frechet": {"reference": None},
+        },
     }
     opened = bundle.update(
         handmade, engines=[engine], measured=measured, default_backend={"name": "openvino", "precision": "bf16"}
@@ -61,6 +66,7 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
         "6.123x",
         "31.42",
         "reference 0.31, compressed 0.3",
+        "frechet              not measured",
         "openvino bf16",
         "engines/sm89/full.engine, int8+fp32, 1.5 MB",
         "unet/model.onnx: 1.0e-06 from torch (at most 1e-03)",

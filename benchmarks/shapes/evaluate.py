@@ -163,7 +163,7 @@ def picture_grid(judge: Judge | None, images: np.ndarray, pairs: Pairs, count: i
 
 def evaluate(networks: Networks, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Everything that can be measured with the networks there are, and the picture grid (None without a pipeline)."""
-    result: dict[str, Any] = {"weights": str(options.weights)}
+    result: dict[str, Any] = {"weights": options.weights.name}
     reading = networks.reader is not None
     judge = Judge(networks.reader, networks.clip, networks.tokenizer)
     if reading:

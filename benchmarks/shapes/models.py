@@ -30,7 +30,7 @@ SCHEDULER = {
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write and load a CLIP tokenizer (byte-level BPE) in which every word of a caption is one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(scenes.vocabulary(), trainer)

@@ -67,12 +67,13 @@ def train(
     Progress is on disk every `save_every` iterations as `work/<name>.state.safetensors` and `.json`.
     """
     state_file, progress_file = work / f"{name}.state.safetensors", work / f"{name}.json"
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = {key: value.detach().clone() for key, value in model.state_dict().items() if value.is_floating_point()}
     start = 0
     if progress_file.exists():
         start = json.loads(progress_file.read_text())["iteration"]
         _restore(state_file, model, average, optimizer)
+    live = [model.state_dict()[key] for key in average]  # shares memory with the parameters
     warm = min(200, iterations // 10)
     model.train()
     smooth = math.nan
@@ -88,9 +89,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         decay = min(EMA_DECAY, (iteration + 1) / (iteration + 10))
-        values = model.state_dict()
-        for key, value in average.items():
-            value.lerp_(values[key], 1 - decay)
+        torch._foreach_lerp_(list(average.values()), live, 1 - decay)
         value_now = loss.item()
         smooth = value_now if math.isnan(smooth) else 0.98 * smooth + 0.02 * value_now
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
@@ -111,7 +110,7 @@ class Data:
         file, words = work / f"{name}.npy", work / f"{name}.json"
         if not words.exists():
             images = np.lib.format.open_memmap(file, "w+", np.uint8, (items, scenes.SIZE, scenes.SIZE, 3))
-            captions, self.scenes = [], []
+            captions = []
             for index, (_, text, image) in enumerate(
                 tqdm(scenes.dataset(items, seed, held_out), total=items, desc="drawing", mininterval=5)
             ):
@@ -242,7 +241,8 @@ def train_reader(work: Path, device: torch.device) -> models.Reader:
     torch.manual_seed(3)
     items = 30_000
     data = Data(work, items, seed=11, held_out=None)
-    labels = models.reader_labels([scene for scene, _, _ in _scenes_only(items, 11)])
+    # Drawing is replayed for its truths, so that the random stream is the same.
+    labels = models.reader_labels([scene for scene, _, _ in scenes.dataset(items, seed=11, held_out=None)])
     model = models.Reader().to(device)
 
     def loss_of(_: int, generator: torch.Generator) -> Tensor:
@@ -261,15 +261,14 @@ def train_reader(work: Path, device: torch.device) -> models.Reader:
     return model
 
 
-def _scenes_only(count: int, seed: int) -> list[tuple[scenes.Scene, None, None]]:
-    """The truths of `scenes.dataset(count, seed, None)`: drawing is replayed, so that the random stream is the same."""
-    return [(scene, None, None) for scene, _, _ in scenes.dataset(count, seed, None)]
-
-
 def assemble(tokenizer: CLIPTokenizer, clip: CLIPModel, vae: AutoencoderKL, unet: nn.Module, reader: nn.Module) -> None:
-    """Write the committed folders: a stock pipeline, the CLIP (text tower and all), the reader."""
+    """Write the committed folders: a stock pipeline, the CLIP (text tower and all), the reader.
+
+    The U-Net is rounded to half precision, so that its file is small enough for git; it loads and runs in float32.
+    """
     from transformers import CLIPTextModel
 
+    unet.half()
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict(), strict=False)
     pipeline = StableDiffusionPipeline(

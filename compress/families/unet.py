@@ -90,7 +90,7 @@ def feature_shape(unet: Any, branch: int, height: int, width: int) -> tuple[int,
     return channels, rows, columns
 
 
-def quantizable(unet: Any) -> dict[str, nn.Module]:
+def quantizable(unet: Any) -> dict[str, nn.Conv2d | nn.Linear]:
     """Module path to Conv2d or Linear, without first and last convolution and time modules (small, sensitive)."""
     return {
         name: module
@@ -102,7 +102,7 @@ def quantizable(unet: Any) -> dict[str, nn.Module]:
     }
 
 
-def time_projections(unet: Any) -> dict[str, nn.Module]:
+def time_projections(unet: Any) -> dict[str, Any]:
     """Module path to every ResBlock whose time projection depends on the timestep alone."""
     return {
         name: module

@@ -34,4 +34,4 @@ def simulated(denoiser: nn.Module, quantization: Mapping[str, LayerQuant]) -> It
         for hook in hooks:
             hook.remove()
         for name, data in kept.items():
-            denoiser.get_submodule(name).weight.data = data  # type: ignore[union-attr]
+            denoiser.get_submodule(name).weight.data = data

@@ -28,6 +28,7 @@ class RowOf(nn.Module):
 
     def __init__(self, timesteps: tuple[float, ...]) -> None:
         super().__init__()
+        self.timesteps: Tensor
         self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.float32))
 
     def forward(self, timesteps: Tensor) -> Tensor:
@@ -47,6 +48,7 @@ class Table(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
+        self.table: Tensor
         self.register_buffer("table", table)
 
     def forward(self, rows: Tensor) -> Tensor:

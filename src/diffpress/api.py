@@ -94,7 +94,7 @@ def compress(
         bundles.write_manifest(folder, ship.ship(pipeline, work.plan(), work.features, folder, entries, progress))
         made = bundles.read(folder)
         if targets:
-            engines.build(made, targets)
+            engines.build(made, targets, progress=not quiet)
     return bundles.read(output)
 
 

@@ -117,7 +117,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="the same as data")
 
     add = made["demo"].add_argument
-    add("--output", type=Path, default=Path("diffpress-demo"), metavar="DIR", help="default: ./%(default)s")
+    add("--output", type=Path, metavar="DIR", help="default: ./diffpress-demo, or the next number that is free")
     return top
 
 

@@ -124,8 +124,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Hash every file of `folder` and write the manifest, whole or not at all."""
     document = {**manifest, "format": FORMAT, "files": {name: sha256(folder / name) for name in _files(folder)}}
     part = folder / (MANIFEST + ".part")
-    part.write_text(json.dumps(document, indent=1), "utf-8")
-    os.replace(part, folder / MANIFEST)
+    try:
+        part.write_text(json.dumps(document, indent=1), "utf-8")
+        os.replace(part, folder / MANIFEST)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def update(bundle: Bundle, **changes: Any) -> Bundle:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import logging
 import os
 import shlex
@@ -234,9 +235,15 @@ def _demo(options: argparse.Namespace) -> None:
     from diffpress.benchmarks.demo import demo
 
     _hide_bars(options)
-    shown = demo(options.output, quiet=options.quiet)
+    shown = demo(options.output or _unused(Path("diffpress-demo")), quiet=options.quiet)
     if not options.quiet:
         print(shown)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist, so that a demo can be repeated."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _check_writable(path: Path) -> None:

@@ -86,7 +86,8 @@ def measured_lines(measured: Mapping[str, Any]) -> list[str]:
     for group in ("speedup", "quality"):
         for name, value in (measured.get(group) or {}).items():
             if isinstance(value, Mapping):
-                text = ", ".join(f"{key} {_number(entry)}" for key, entry in value.items())
+                text = ", ".join(f"{key} {_number(entry)}" for key, entry in value.items() if entry is not None)
+                text = text or "not measured"
             else:
                 text = _number(value) + ("x" if group == "speedup" else "")
             lines.append(_row(group, f"{name.replace('_', ' '):20} {text}"))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -167,5 +168,6 @@ class Plan:
                 temporal = TemporalTable(tuple(document["temporal"]["timesteps"]), tables)
             program = StepProgram.from_json(document["program"])
             return cls(Sampling.from_json(document["sampling"]), program, quantization, temporal)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        # EOFError and BadZipFile: what numpy raises for an empty and for a cut file.
+        except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffpressError(f"{folder} holds no readable plan: {error}") from error

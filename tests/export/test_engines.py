@@ -62,6 +62,16 @@ def test_engines_of_every_component_are_built_for_every_target(built: Bundle) ->
 
 
 @needs_library
+def test_a_balanced_pipeline_builds_for_every_target(tiny_balanced: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(tiny_balanced.path, tmp_path / "bundle")
+    made = engines.build(bundle.load(tmp_path / "bundle"), TARGETS, progress=False)
+    assert [entry["target"] for entry in made.manifest["engines"]] == [name for name in TARGETS for _ in COMPONENTS]
+    for target in TARGETS:
+        sidecar = json.loads(made.file(f"engines/{target}/full.json").read_text())
+        assert sidecar["precision"] == "int8+fp32" and sidecar["shapes"]["sample"]["max"] == [2, 4, 8, 8]
+
+
+@needs_library
 def test_the_sidecar_says_what_the_engine_was_made_of(built: Bundle) -> None:
     sidecar = json.loads(built.file("engines/sm89/cached.json").read_text())
     assert (sidecar["target"], sidecar["component"], sidecar["variant"]) == ("sm89", "unet", "cached")

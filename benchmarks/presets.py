@@ -1,0 +1,112 @@
+"""Every shipped recipe on `shapes`, one row each: `python -m diffpress.benchmarks.presets --work DIR --json FILE`.
+
+Goes on where it was stopped: a recipe whose report is in the work folder is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffpress import api
+from diffpress import bundle as bundles
+from diffpress.benchmarks.bench import bench
+from diffpress.compress.recipe import presets
+
+
+def rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for diffusers, one for each recipe, and one for the plain steps that are as fast as `balanced`."""
+    first = next(iter(reports.values()))
+    quality = first["quality"]
+    empty = dict.fromkeys(("psnr_db", "ssim", "latent_rel_l2", "frechet"))
+    made: list[dict[str, Any]] = [
+        {
+            "name": "diffusers",
+            "group": "reference",
+            "backend": "torch eager fp32",
+            "steps": first["sampling"]["steps"],
+            "bytes": first["size_bytes"]["denoiser_reference"],
+            **empty,
+            "clip_score": quality["clip_score"]["reference"],
+            "attribute_accuracy": quality["attribute_accuracy"]["reference"],
+            "speedup_vs_eager": 1.0,
+            "speedup_vs_uncompressed": None,
+            "deploys": True,
+        }
+    ]
+    for name, report in reports.items():
+        own = report["quality"]
+        bits = 8 if name in ("int8", "balanced") else 32
+        made.append(
+            {
+                "name": name,
+                "group": "recipe",
+                "backend": f"{report['backend']['name']} {report['backend']['precision']}",
+                "steps": report["sampling"]["steps"],
+                "bits_w": bits,
+                "bits_a": bits,
+                "bytes": report["size_bytes"]["denoiser_compressed"],
+                **{key: own[key] for key in ("psnr_db", "ssim", "latent_rel_l2")},
+                **{key: own[key]["compressed"] for key in ("clip_score", "attribute_accuracy", "frechet")},
+                "speedup_vs_eager": report["speedup"]["vs_eager"],
+                "speedup_vs_uncompressed": report["speedup"]["vs_uncompressed_export"],
+                "deploys": True,
+            }
+        )
+    if "balanced" in reports:
+        made += _baseline(reports["balanced"])
+    return made
+
+
+def _baseline(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    row = report["fewer_plain_steps"]
+    if row["steps"] is None:
+        return []
+    eager = report["latency"]["reference_eager"]["p50_ms"]
+    return [
+        {
+            "name": f"{row['steps']} plain DPM-Solver++ steps",
+            "group": "equal latency to balanced",
+            "backend": f"{report['backend']['name']} {report['backend']['precision']}",
+            "steps": row["steps"],
+            "bytes": report["size_bytes"]["denoiser_reference"],
+            **{key: row.get(key) for key in ("psnr_db", "ssim", "latent_rel_l2", "clip_score", "frechet")},
+            "attribute_accuracy": row["attribute_accuracy"],
+            "speedup_vs_eager": eager / row["latency_ms"],
+            "speedup_vs_uncompressed": report["latency"]["uncompressed_export"]["p50_ms"] / row["latency_ms"],
+            "deploys": True,
+        }
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/presets"), help="bundles and reports live here")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--only", nargs="*", default=sorted(presets()), help="recipes to measure")
+    options = parser.parse_args()
+    reports: dict[str, Any] = {}
+    for name in options.only:
+        folder = options.work / name
+        if not (folder / bundles.MANIFEST).exists():
+            api.compress("shapes", name, folder)
+        report = folder / "report" / "report.json"
+        if not report.exists():
+            bench(folder, "shapes", images=options.images, uncompressed=options.work / "fp32")
+        reports[name] = json.loads(report.read_text("utf-8"))
+    last = next(reversed(reports.values()))
+    document = {
+        **{key: last[key] for key in ("machine", "versions", "sampling")},
+        "images": last["quality"]["images"],
+        "rows": rows(reports),
+    }
+    options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

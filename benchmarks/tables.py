@@ -1,0 +1,135 @@
+"""Writes the tables of the READMEs from committed results: `python -m diffpress.benchmarks.tables [--check]`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; no number in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffpress.benchmarks import verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def _cell(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def presets() -> str:
+    """Speed and quality of every recipe, from results/presets.json."""
+    data = json.loads((RESULTS / "presets.json").read_text("utf-8"))
+    head = "| recipe | backend | steps | vs diffusers | vs uncompressed | denoiser | PSNR | latent error | CLIP | Fréchet | attributes |"  # noqa: E501
+    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in data["rows"]:
+        cells = [
+            row["name"] if row["group"] != "recipe" else f"`{row['name']}`",
+            row["backend"],
+            str(row["steps"]),
+            f"{row['speedup_vs_eager']:.1f}x",
+            _cell(row["speedup_vs_uncompressed"], ".1f") + ("x" if row["speedup_vs_uncompressed"] else ""),
+            f"{row['bytes'] / 1e6:.1f} MB",
+            _cell(row["psnr_db"], ".1f"),
+            _cell(row["latent_rel_l2"], ".3f"),
+            _cell(row["clip_score"], ".2f"),
+            _cell(row["frechet"], ".3f"),
+            _cell(row["attribute_accuracy"], ".1%"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    machine = data["machine"]
+    where = ", ".join(str(value) for key, value in machine.items() if key in ("processor", "cores", "system") and value)
+    lines += ["", f"{data['images']} images of held-out captions, {data['sampling']['scheduler']}; {where}."]
+    return "\n".join(lines)
+
+
+def claims() -> str:
+    """What `balanced` was asked to reach on `shapes`, and what it reached."""
+    found = {row["name"]: row for row in json.loads((RESULTS / "presets.json").read_text("utf-8"))["rows"]}
+    own, reference = found["balanced"], found["diffusers"]
+    points = 100 * (own["attribute_accuracy"] - reference["attribute_accuracy"])
+    share = own["bytes"] / reference["bytes"]
+    rows = [
+        (
+            "end to end against diffusers FP32",
+            "at least 6x",
+            f"{own['speedup_vs_eager']:.1f}x",
+            own["speedup_vs_eager"] >= 6,
+        ),
+        (
+            "end to end against the uncompressed export, same backend",
+            "at least 2x",
+            f"{own['speedup_vs_uncompressed']:.1f}x",
+            own["speedup_vs_uncompressed"] >= 2,
+        ),
+        ("denoiser on disk, share of its FP32 bytes", "at most 30 %", f"{share:.1%}", share <= 0.30),
+        ("attribute accuracy against diffusers", "at most 1 point lower", f"{points:+.1f} points", points >= -1),
+    ]
+    lines = ["| `balanced`, 50 DDIM steps | asked | reached | |", "|---|---|--:|---|"]
+    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in rows]
+    return "\n".join(lines)
+
+
+def demo() -> str:
+    """What `make demo` printed as its table, from results/demo.json."""
+    report = json.loads((RESULTS / "demo.json").read_text("utf-8"))
+    return "```\n" + verdict.table(report) + "\n```"
+
+
+def shapes() -> str:
+    """How good the embedded pipeline is, from results/shapes.json."""
+    data = json.loads((RESULTS / "shapes.json").read_text("utf-8"))
+    kinds = ("colour", "shape", "size", "relation")
+    rows: list[tuple[str, Mapping[str, Any]]] = [
+        (f"reader on {data['reader']['renders']} real renders", data["reader"])
+    ]
+    for part, label in (("one_object", "one object"), ("two_objects", "two objects")):
+        found = data["generated"][part]
+        rows += [
+            (f"{label}, {found['images']} generated images", found["right"]),
+            (f"{label}, judged by shuffled captions", found["shuffled_captions"]),
+            (f"{label}, chance", found["chance"]),
+        ]
+    lines = ["| | colours | shapes | sizes | relation |", "|---|--:|--:|--:|--:|"]
+    lines += [f"| {name} | " + " | ".join(_cell(row.get(kind), ".1%") for kind in kinds) + " |" for name, row in rows]
+    clip, vae, score = data["clip"], data["vae"], data["clip_score"]
+    lines += [
+        "",
+        f"The CLIP finds the caption of an image among {clip['batch']} (half of them near misses) in "
+        f"{clip['image_to_text']:.1%} of cases, and tells it from its near miss in {clip['near_miss']:.1%}; its score "
+        f"is {score['real']:.2f} on real renders and {score['generated']:.2f} on generated images. The VAE gives renders "
+        f"back at {vae['psnr_db']:.1f} dB.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"claims": claims, "demo": demo, "presets": presets, "shapes": shapes}
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md")
+
+
+def filled(text: str) -> str:
+    """`text` with every table made anew."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + "\n" + found[3], text)
+
+
+def main() -> None:
+    """Command line: rewrite the files, or with --check say whether they are up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a table is out of date")
+    options = parser.parse_args()
+    stale = [file for file in FILES if file.read_text("utf-8") != filled(file.read_text("utf-8"))]
+    if options.check:
+        sys.exit(f"out of date: {', '.join(file.name for file in stale)}" if stale else 0)
+    for file in stale:
+        file.write_text(filled(file.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

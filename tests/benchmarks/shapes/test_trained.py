@@ -1,0 +1,71 @@
+"""The committed weights: small, safe, loadable by stock classes, and able to draw what they are asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpress import bundle as bundles
+from diffpress.api import compress
+from diffpress.benchmarks.shapes import PIPELINE, scenes
+from diffpress.benchmarks.shapes.evaluate import generate
+from diffpress.benchmarks.shapes.judge import Judge, confirmed, shares
+from diffpress.benchmarks.shapes.networks import open_networks
+from diffpress.bundle import Bundle
+from diffpress.runtime.pipeline import Pipeline
+
+WEIGHTS = PIPELINE.parent
+
+
+def test_weights_are_small_and_safe() -> None:
+    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt", ".md"}
+    assert max(file.stat().st_size for file in files) <= 20e6
+    assert sum(file.stat().st_size for file in files) <= 30e6
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    networks = open_networks(WEIGHTS)
+    return Judge(networks.reader, networks.clip, networks.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return compress("shapes", "balanced", tmp_path_factory.mktemp("shapes") / "balanced", quiet=True)
+
+
+def test_stock_classes_load_it_and_draw_held_out_captions(judge: Judge) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None)
+    assert pipeline.unet.dtype == pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.float32
+    pipeline.set_progress_bar_config(disable=True)
+    pairs = scenes.held_out_captions(24)
+    images = generate(pipeline, [words for _, words in pairs], steps=20, guidance=3.0, batch=24, seed=0)
+    right = shares(confirmed(judge.read(images), [scene for scene, _ in pairs]))
+    # 24 images of the several hundred that benchmarks/shapes/README.md counts, so a wide margin.
+    assert right["colour"] >= 0.85
+    assert right["shape"] >= 0.8
+
+
+def test_balanced_is_small_and_draws_what_it_is_asked_for(bundle: Bundle, judge: Judge) -> None:
+    sizes = bundle.manifest["sizes"]
+    assert sizes["denoiser_compressed"] <= 0.30 * sizes["denoiser_reference"]
+    pairs = scenes.held_out_captions(24)
+    images = Pipeline.load(bundle)([words for _, words in pairs], list(range(24)))
+    assert images.problem is None
+    right = shares(confirmed(judge.read(images.pixels), [scene for scene, _ in pairs]))
+    assert right["colour"] >= 0.85
+    assert right["shape"] >= 0.8
+
+
+def test_engines_of_balanced_build_for_three_generations(bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed here")
+    from diffpress.export import engines
+
+    built = engines.build(bundle, ["sm86", "sm89", "sm120"], progress=False)
+    found = {(entry["target"], Path(entry["path"]).stem) for entry in built.manifest["engines"]}
+    graphs = ("full", "cached", "text_encoder", "vae_decoder")
+    assert found == {(target, graph) for target in ("sm86", "sm89", "sm120") for graph in graphs}
+    assert bundles.problems(built) == []

@@ -1,0 +1,204 @@
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffpress import bundle as bundles
+from diffpress.benchmarks import bench as module
+from diffpress.benchmarks import document, plain
+from diffpress.benchmarks.bench import bench
+from diffpress.benchmarks.candidates import Reference
+from diffpress.benchmarks.shapes.models import SCHEDULER
+from diffpress.bundle import Bundle
+from diffpress.errors import DiffpressError
+
+LATENCY = {"p50_ms", "p90_ms", "p99_ms", "runs"}
+
+
+@pytest.fixture
+def opened(handmade: Bundle, tiny_pipeline: Path) -> Bundle:
+    """The handmade bundle, said to be made from the tiny pipeline."""
+    from diffpress.calibration.model import digest
+
+    model = {"source": "tiny", "class": "StableDiffusionPipeline", "digest": digest(str(tiny_pipeline))}
+    scheduler = {"class": "DDIMScheduler", "config": SCHEDULER}
+    return bundles.update(handmade, model=model, scheduler=scheduler)
+
+
+@pytest.fixture
+def export(opened: Bundle, tmp_path: Path) -> Path:
+    """Stands for the export without compression."""
+    folder = tmp_path / "export"
+    shutil.copytree(opened.path, folder)
+    bundles.update(bundles.read(folder), passes=[])
+    return folder
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch, fake_candidate: Callable[..., Any]) -> Iterator[list[tuple[Any, ...]]]:
+    """Fakes what draws; collects what was opened."""
+    from diffpress.runtime import backends
+    from diffpress.runtime.pipeline import Pipeline
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load(source: Bundle, backend: str, precision: str, sampling: Any = None) -> Any:
+        steps = 6 if sampling is None else sampling.steps
+        asked.append((source.path.name, backend, precision, steps))
+        error = 0.1 if source.path.name == "bundle" else 0.0
+        return fake_candidate(error=error, shift=int(50 * error), steps=steps)
+
+    monkeypatch.setattr(backends, "available", lambda: [("openvino", "bf16")])
+    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.setattr(Reference, "load", lambda model, sampling, scheduler: fake_candidate(steps=sampling.steps))
+    monkeypatch.setattr(module.memory, "peak_rss", lambda task: 1000 + ("against" in task))
+    yield asked
+
+
+def check_keys(report: dict[str, Any]) -> None:
+    """What the issue promises to later checks."""
+    for name in ("reference_eager", "uncompressed_export", "compressed"):
+        assert set(report["latency"][name]) == LATENCY
+        assert report["peak_rss_bytes"][name] > 0
+    assert set(report["speedup"]) == {"vs_eager", "vs_uncompressed_export"}
+    assert report["size_bytes"].keys() >= {"denoiser_reference", "denoiser_compressed", "bundle"}
+    assert report["quality"].keys() >= {"images", "psnr_db", "ssim", "latent_rel_l2"}
+    for name in ("clip_score", "attribute_accuracy", "frechet"):
+        assert set(report["quality"][name]) == {"reference", "compressed"}
+    assert report["fewer_plain_steps"].keys() >= {"steps", "latency_ms", "psnr_db", "attribute_accuracy", "scheduler"}
+    assert report.keys() >= {"sampling", "machine", "versions", "per_step", "stages_ms", "steps_ms", "backends_tried"}
+    json.dumps(report, allow_nan=False)
+
+
+def test_report_lands_in_the_bundle(
+    opened: Bundle, export: Path, tiny_pipeline: Path, tmp_path: Path, faked: list[Any]
+) -> None:
+    file = tmp_path / "numbers.json"
+    report = bench(opened.path, str(tiny_pipeline), images=5, json_file=file, quiet=True, uncompressed=export)
+    check_keys(report)
+    assert report["quality"]["images"] == 5
+    assert report["quality"]["latent_rel_l2"] == pytest.approx(0.1)
+    assert report["per_step"]["latent_rel_l2"]["compressed"] == pytest.approx([0.1] * 6)
+    assert report["per_step"]["latent_rel_l2"]["uncompressed_export"] == pytest.approx([0.0] * 6)
+    assert report["fewer_plain_steps"]["psnr_db"] == pytest.approx(100)
+    assert report["same_precision"]["precision"] == "bf16"
+    assert report["program"]["marks"] == "#--#--"
+    assert json.loads(file.read_text()) == report
+    # The plain rival runs in the compressed bundle's precision, the export of the table in FP32.
+    assert ("export", "openvino", "fp32", 6) in faked and ("export", "openvino", "bf16", 6) in faked
+    again = bundles.load(opened.path)
+    assert json.loads(again.file("report/report.json").read_text()) == report
+    assert "data:image/png" in again.file("report/report.html").read_text()
+    assert again.manifest["default_backend"] == {"name": "openvino", "precision": "bf16"}
+    assert set(again.manifest["measured"]) == {"latency", "speedup", "quality"}
+    # Once more: the report is replaced, the bundle stays whole and does not grow by it.
+    second = bench(opened.path, str(tiny_pipeline), images=2, quiet=True, uncompressed=export)
+    assert second["size_bytes"]["folders"].keys() == report["size_bytes"]["folders"].keys()
+    assert bundles.problems(bundles.read(opened.path)) == []
+
+
+def test_broken_images_are_reported_not_raised(
+    opened: Bundle,
+    export: Path,
+    tiny_pipeline: Path,
+    faked: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    fake_candidate: Callable[..., Any],
+) -> None:
+    from diffpress.runtime.pipeline import Pipeline
+
+    def load(source: Bundle, backend: str, precision: str, sampling: Any = None) -> Any:
+        steps = 6 if sampling is None else sampling.steps
+        broken = fake_candidate(error=math.nan if source.path.name == "bundle" else 0, steps=steps)
+        return broken
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    report = bench(opened.path, str(tiny_pipeline), images=2, quiet=True, uncompressed=export)
+    assert report["faults"][0] == "compressed, image 0: latents are NaN or infinite"
+    assert report["quality"]["latent_rel_l2"] is None
+    assert "images are broken" in (opened.path / "report" / "report.html").read_text()
+
+
+def test_an_interrupted_bench_leaves_the_bundle_as_it_was(
+    opened: Bundle, export: Path, tiny_pipeline: Path, faked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    before = sorted(opened.path.rglob("*"))
+    monkeypatch.setattr(module.report, "render", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(opened.path, str(tiny_pipeline), images=1, quiet=True, uncompressed=export)
+    assert sorted(opened.path.rglob("*")) == before
+    assert bundles.problems(bundles.read(opened.path)) == []
+
+
+def test_without_a_folder_the_export_is_made_and_thrown_away(
+    opened: Bundle, export: Path, tiny_pipeline: Path, faked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffpress import api
+
+    made: list[Path] = []
+
+    def compress(model: str, recipe: str, output: Path, *, steps: int, quiet: bool) -> Bundle:
+        assert (model, recipe, steps, quiet) == (str(tiny_pipeline), "fp32", 6, True)
+        made.append(Path(output))
+        return Bundle(Path(shutil.copytree(export, output)), bundles.read(export).manifest)
+
+    monkeypatch.setattr(api, "compress", compress)
+    bench(opened.path, str(tiny_pipeline), images=1, quiet=True)
+    assert len(made) == 1 and not made[0].exists()
+
+
+def test_bad_input(opened: Bundle, export: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    against = str(tiny_pipeline)
+    with pytest.raises(DiffpressError, match="at least 1"):
+        bench(opened.path, against, images=0)
+    with pytest.raises(DiffpressError, match="no model at"):
+        bench(opened.path, str(tmp_path / "nowhere"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text("{}")
+    with pytest.raises(DiffpressError, match=r"made from 'tiny'.*not "):
+        bench(opened.path, str(tmp_path / "other"))
+    with pytest.raises(DiffpressError, match="is compressed"):
+        bench(opened.path, against, images=1, uncompressed=opened.path)
+    opened.file("tokenizer/merges.txt").write_text("changed")
+    with pytest.raises(DiffpressError, match=r"damaged.*merges"):
+        bench(opened.path, against, images=1)
+
+
+def test_commands_can_be_typed() -> None:
+    manifest = {"recipe": {"name": "int8"}, "sampling": {"steps": 20}, "seed": 3}
+    compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest)
+    assert compress == "diffpress compress a/b --recipe int8 --steps 20 --seed 3 --output 'my bundle'"
+    assert judged == "diffpress bench 'my bundle' --against a/b --images 60"
+
+
+def test_null_stands_for_what_json_does_not_know() -> None:
+    assert document.finite({"a": [1.0, math.nan], "b": (math.inf, "x", True)}) == {
+        "a": [1.0, None],
+        "b": [None, "x", True],
+    }
+
+
+def test_a_real_bundle_draws_what_diffusers_draws(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Nothing faked: export without compression, judged against itself; the backend's rounding is all that differs."""
+    from diffpress import api
+
+    pytest.importorskip("openvino")
+    made = api.compress(str(tiny_pipeline), "fp32", tmp_path / "bundle", steps=3, quiet=True)
+    shutil.copytree(made.path, tmp_path / "plain")
+    report = bench(made.path, str(tiny_pipeline), images=3, quiet=True, uncompressed=tmp_path / "plain")
+    check_keys(report)
+    assert max(report["per_step"]["latent_rel_l2"]["uncompressed_export"]) < 1e-4
+    assert report["quality"]["psnr_db"] > 35 and report["faults"] == []
+    assert all("p50_ms" in entry for entry in report["backends_tried"])
+    assert report["peak_rss_bytes"]["reference_eager"] > report["peak_rss_bytes"]["compressed"] > 20_000_000
+    assert np.isfinite(report["speedup"]["vs_eager"])
+    trials = report["fewer_plain_steps"]["trials"]
+    assert trials and report["fewer_plain_steps"]["scheduler"] == plain.SOLVER

@@ -1,0 +1,61 @@
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from diffpress.benchmarks import plain
+from diffpress.benchmarks.shapes.models import SCHEDULER
+from diffpress.plan import Sampling
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Makes a plain candidate of n steps take n ms and the compressed one `limit_ms`."""
+
+    def use(limit_ms: float) -> None:
+        def alternate(candidates: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
+            steps = candidates["plain"](0)
+            candidates["compressed"](0)
+            return {"plain": [float(steps)] * rounds, "compressed": [limit_ms] * rounds}
+
+        monkeypatch.setattr(plain, "alternate", alternate)
+
+    return use
+
+
+def search(first: int, most: int = 50) -> tuple[list[plain.Trial], Any]:
+    return plain.search(lambda steps: lambda prompts, seeds: steps, lambda prompts, seeds: None, first, most, "x")
+
+
+@pytest.mark.parametrize("first", [1, 5, 6, 9, 50])
+def test_the_largest_step_count_that_fits_is_found(timed: Callable[[float], None], first: int) -> None:
+    timed(6.5)
+    trials, candidate = search(first)
+    found = plain.best(trials)
+    assert found and found.steps == 6 and found.ratio == pytest.approx(6 / 6.5)
+    assert candidate(None, None) == 6
+
+
+def test_there_may_be_none(timed: Callable[[float], None]) -> None:
+    timed(0.5)
+    trials, candidate = search(3)
+    assert plain.best(trials) is None and candidate is None
+    assert [trial.steps for trial in trials] == [3, 2, 1]
+
+
+def test_no_more_steps_than_the_reference(timed: Callable[[float], None]) -> None:
+    timed(1000)
+    assert plain.best(search(50)[0]).steps == 50  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("compressed", "steps"), [(100.0, 18), (5.0, 1), (1e6, 50)])
+def test_estimate(compressed: float, steps: int) -> None:
+    assert plain.estimate(compressed, text_ms=2, step_ms=5, decode_ms=8, most=50) == steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_schedule_is_dpm_solver_on_the_same_betas(steps: int) -> None:
+    like = Sampling("DDIMScheduler", 50, 3.0, 64, 64, (), (), 1.0, ())
+    found = plain.schedule({"class": "DDIMScheduler", "config": SCHEDULER}, like, steps)
+    assert (found.scheduler, found.steps, found.guidance_scale, found.height) == (plain.SOLVER, steps, 3.0, 64)
+    assert len(found.terms) == len(found.timesteps) == steps
