@@ -12,7 +12,7 @@ from typing import Any
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn
 from diffpress.benchmarks.latency import paired_ratio, summary
 from diffpress.benchmarks.plain import SOLVER, Trial, best
-from diffpress.benchmarks.scores import Judging, distances, error_per_step
+from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step
 from diffpress.benchmarks.speed import Timings
 from diffpress.bundle import Bundle
 from diffpress.plan import Sampling, StepProgram
@@ -83,13 +83,12 @@ def fewer_steps(
         "latency_ms": found.latency_ms if found else None,
         "latency_ratio": found.ratio if found else None,
     }
+    apart: dict[str, Any] = dict.fromkeys(("images", "psnr_db", "psnr_db_worst", "ssim", "latent_rel_l2"))
+    content = Content()
     if PLAIN in drawn:
+        apart = distances(drawn[PLAIN], drawn[REFERENCE])
         content = judging.content(drawn[PLAIN].pixels)
-        entry |= distances(drawn[PLAIN], drawn[REFERENCE])
-        entry |= {
-            name: getattr(content, name) for name in ("clip_score", "attribute_accuracy", "frechet", "attributes")
-        }
-    return entry | {"trials": [asdict(trial) for trial in trials]}
+    return entry | apart | asdict(content) | {"trials": [asdict(trial) for trial in trials]}
 
 
 def subject(bundle: Bundle, sampling: Sampling) -> dict[str, Any]:

@@ -104,8 +104,8 @@ def shapes() -> str:
         "",
         f"The CLIP finds the caption of an image among {clip['batch']} (half of them near misses) in "
         f"{clip['image_to_text']:.1%} of cases, and tells it from its near miss in {clip['near_miss']:.1%}; its score "
-        f"is {score['real']:.2f} on real renders and {score['generated']:.2f} on generated images. The VAE gives renders "
-        f"back at {vae['psnr_db']:.1f} dB.",
+        f"is {score['real']:.2f} on real renders and {score['generated']:.2f} on generated images. "
+        f"The VAE gives renders back at {vae['psnr_db']:.1f} dB.",
     ]
     return "\n".join(lines)
 

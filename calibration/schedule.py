@@ -51,7 +51,9 @@ def tabulate(scheduler: Any, steps: int, guidance_scale: float, height: int, wid
         init_noise_sigma=float(probed.init_noise_sigma),
         terms=tuple(rows),
     )
-    if not _reproduces(sampling, scheduler):
+    # Noise reaches into columns of calls that have not been made.
+    causal = all(lag >= 0 for row in rows for _, lag, _ in row)
+    if not causal or not _reproduces(sampling, scheduler):
         raise DiffpressError(
             f"scheduler {sampling.scheduler} adds noise or thresholds as it is configured, which a table of "
             "coefficients cannot hold: use DDIM, Euler or DPM-Solver++ without thresholding"

@@ -105,7 +105,7 @@ def attribute_accuracy(judge: Judge, images: np.ndarray, truths: Sequence[scenes
             "images": len(some),
             "right": shares({kind: values[some] for kind, values in marks.items()}),
             "shuffled_captions": shares({kind: values[some] for kind, values in shuffled.items()}),
-            "chance": _chance({head: values[some] for head, values in found.items()}, [truths[i] for i in some]),
+            "chance": _chance({head: values[some] for head, values in found.items()}, [truths[int(i)] for i in some]),
         }
     return result
 

@@ -1,8 +1,8 @@
 """Trains `shapes` from a seed: `python -m diffpress.benchmarks.shapes.train --work runs/shapes`.
 
 Stages, in order: clip, vae, unet, decoder, reader, assemble. Each keeps its state in the work folder (safetensors), so
-the command may be stopped at any time and goes on where it was; `--stage` runs one alone. The pictures an iteration sees
-depend on the seed and the iteration only. Hours on two CPU cores, minutes on a GPU.
+the command may be stopped at any time and goes on where it was; `--stage` runs one alone. The pictures an iteration
+sees depend on the seed and the iteration only. Hours on two CPU cores, minutes on a GPU.
 """
 
 from __future__ import annotations

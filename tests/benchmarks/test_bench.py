@@ -56,6 +56,8 @@ def faked(monkeypatch: pytest.MonkeyPatch, fake_candidate: Callable[..., Any]) -
     monkeypatch.setattr(backends, "available", lambda: [("openvino", "bf16")])
     monkeypatch.setattr(Pipeline, "load", load)
     monkeypatch.setattr(Reference, "load", lambda model, sampling, scheduler: fake_candidate(steps=sampling.steps))
+    trials = [plain.Trial(4, 9.0, 0.9), plain.Trial(5, 11.0, 1.1)]
+    monkeypatch.setattr(plain, "compare", lambda timings, pipelines, open_plain, *_: (trials, open_plain(4)))
     monkeypatch.setattr(module.memory, "peak_rss", lambda task: 1000 + ("against" in task))
     yield asked
 
@@ -86,11 +88,12 @@ def test_report_lands_in_the_bundle(
     assert report["per_step"]["latent_rel_l2"]["compressed"] == pytest.approx([0.1] * 6)
     assert report["per_step"]["latent_rel_l2"]["uncompressed_export"] == pytest.approx([0.0] * 6)
     assert report["fewer_plain_steps"]["psnr_db"] == pytest.approx(100)
+    assert (report["fewer_plain_steps"]["steps"], report["fewer_plain_steps"]["latency_ms"]) == (4, 9.0)
     assert report["same_precision"]["precision"] == "bf16"
     assert report["program"]["marks"] == "#--#--"
     assert json.loads(file.read_text()) == report
     # The plain rival runs in the compressed bundle's precision, the export of the table in FP32.
-    assert ("export", "openvino", "fp32", 6) in faked and ("export", "openvino", "bf16", 6) in faked
+    assert ("export", "openvino", "fp32", 6) in faked and ("export", "openvino", "bf16", 4) in faked
     again = bundles.load(opened.path)
     assert json.loads(again.file("report/report.json").read_text()) == report
     assert "data:image/png" in again.file("report/report.html").read_text()
@@ -136,6 +139,16 @@ def test_an_interrupted_bench_leaves_the_bundle_as_it_was(
         bench(opened.path, str(tiny_pipeline), images=1, quiet=True, uncompressed=export)
     assert sorted(opened.path.rglob("*")) == before
     assert bundles.problems(bundles.read(opened.path)) == []
+
+
+def test_there_may_be_no_rival(
+    opened: Bundle, export: Path, tiny_pipeline: Path, faked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain, "compare", lambda *_: ([plain.Trial(1, 20.0, 2.0)], None))
+    report = bench(opened.path, str(tiny_pipeline), images=1, quiet=True, uncompressed=export)
+    check_keys(report)
+    row = report["fewer_plain_steps"]
+    assert row["steps"] is row["psnr_db"] is row["attribute_accuracy"] is None and row["trials"][0]["ratio"] == 2.0
 
 
 def test_without_a_folder_the_export_is_made_and_thrown_away(

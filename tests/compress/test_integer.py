@@ -68,9 +68,9 @@ def test_histogram_search_agrees_with_the_values_themselves() -> None:
     def error(scale: float) -> float:
         return float((x - fake_quant(x, scale)).abs().pow(2.4).sum())
 
-    best = min(error(30 / 127 * (1 - 0.01 * i)) for i in range(80))
-    assert error(found) <= 1.02 * best
-    assert error(found) < 0.9 * error(30 / 127)
+    errors = [error(30 / 127 * (1 - 0.01 * i)) for i in range(80)]
+    assert error(found) <= 1.02 * min(errors)
+    assert max(errors) > 2 * min(errors)  # so that the choice matters
 
 
 def test_histogram_keeps_every_count_while_its_range_grows() -> None:
