@@ -32,11 +32,13 @@ def bench(
     *,
     prompts_file: Path | None = None,
     uncompressed: Path | None = None,
+    reference: Candidate | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
 
     `uncompressed` is a folder for the export without compression, made if absent and used if it fits; without one it
-    is made in a temporary place. Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
+    is made in a temporary place. `reference` is the diffusers pipeline, opened if
+    absent. Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
     """
     if images < 1:
         raise DiffpressError(f"--images is {images}: at least 1 is needed")
@@ -44,7 +46,7 @@ def bench(
     check_model(opened, against)
     chosen = prompts.choose(images, _is_shapes(against), prompts_file)
     with _uncompressed(opened, against, uncompressed, quiet) as export:
-        result, pictures = measure(opened, export, against, chosen, quiet)
+        result, pictures = measure(opened, export, against, chosen, quiet, reference)
     result["reproduce"] = document.commands(Path(bundle_path), against, images, opened.manifest)
     result = document.finite(result)
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -94,7 +96,12 @@ def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool
 
 
 def measure(
-    bundle: Bundle, export: Bundle, against: str, chosen: prompts.Prompts, quiet: bool
+    bundle: Bundle,
+    export: Bundle,
+    against: str,
+    chosen: prompts.Prompts,
+    quiet: bool,
+    reference: Candidate | None = None,
 ) -> tuple[dict[str, Any], list[report.Picture]]:
     """Everything the report says, and the pictures it shows."""
     from diffpress.runtime.backends import available
@@ -110,7 +117,7 @@ def measure(
     default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
     backend, precision = default["name"], default["precision"]
     pipelines: dict[str, Candidate] = {
-        REFERENCE: Reference.load(against, sampling, scheduler),
+        REFERENCE: reference or Reference.load(against, sampling, scheduler),
         EXPORT: Pipeline.load(export, backend, "fp32", sampling=sampling),
         COMPRESSED: open_compressed(backend, precision),
     }

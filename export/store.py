@@ -36,7 +36,7 @@ def save(models: Mapping[str, ir.Model], folder: Path) -> None:
                     end += len(data)
                 offset, length = places[key]
                 value.const_value = ir.ExternalTensor(
-                    DATA, offset, length, tensor.dtype, shape=ir.Shape(list(tensor.shape)), name=name, base_dir=folder
+                    DATA, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=folder
                 )
     for name, model in models.items():
         ir.save(model, folder / name)

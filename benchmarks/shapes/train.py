@@ -26,7 +26,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from diffpress.benchmarks.shapes import CLIP, PIPELINE, READER, models, scenes
 
 ITEMS = 40_000
-ITERATIONS = {"clip": 1000, "vae": 1500, "unet": 6500, "decoder": 1800, "reader": 3000}
+ITERATIONS = {"clip": 1000, "vae": 1500, "unet": 7200, "decoder": 1400, "reader": 2400}
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1  # teaches the unconditional half of classifier-free guidance
 
