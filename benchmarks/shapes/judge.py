@@ -45,7 +45,9 @@ class Judge:
 
         network = models.Reader()
         network.load_state_dict(load_file(reader))
-        return cls(network.eval(), CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(tokenizer))
+        return cls(
+            network.eval(), CLIPModel.from_pretrained(clip).float().eval(), CLIPTokenizer.from_pretrained(tokenizer)
+        )
 
     @torch.no_grad()
     def read(self, images: np.ndarray) -> Found:

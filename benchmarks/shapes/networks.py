@@ -44,7 +44,7 @@ def _assembled(folder: Path) -> Networks:
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    clip = CLIPModel.from_pretrained(folder / "clip").eval() if (folder / "clip").is_dir() else None
+    clip = CLIPModel.from_pretrained(folder / "clip").float().eval() if (folder / "clip").is_dir() else None
     file, reader = folder / "reader.safetensors", None
     if file.is_file():
         reader = models.Reader()

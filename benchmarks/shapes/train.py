@@ -26,7 +26,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from diffpress.benchmarks.shapes import CLIP, PIPELINE, READER, models, scenes
 
 ITEMS = 40_000
-ITERATIONS = {"clip": 1000, "vae": 1500, "unet": 7200, "decoder": 1400, "reader": 2400}
+ITERATIONS = {"clip": 1000, "vae": 1500, "unet": 7200, "decoder": 800, "reader": 2400}
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1  # teaches the unconditional half of classifier-free guidance
 
@@ -264,22 +264,24 @@ def train_reader(work: Path, device: torch.device) -> models.Reader:
 def assemble(tokenizer: CLIPTokenizer, clip: CLIPModel, vae: AutoencoderKL, unet: nn.Module, reader: nn.Module) -> None:
     """Write the committed folders: a stock pipeline, the CLIP (text tower and all), the reader.
 
-    The U-Net is rounded to half precision, so that its file is small enough for git; it loads and runs in float32.
+    Rounded to half precision, so that the files are small enough for git; everything runs in float32. The text encoder
+    alone stays as it is: transformers would load it in the precision of its file.
     """
     from transformers import CLIPTextModel
 
-    unet.half()
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict(), strict=False)
+    for network in (unet, vae, clip, reader):
+        network.to("cpu").half()
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=models.make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     for folder in (PIPELINE, CLIP):
         shutil.rmtree(folder, ignore_errors=True)
-    pipeline.to("cpu").save_pretrained(PIPELINE)
-    clip.to("cpu").save_pretrained(CLIP)
-    save_file(reader.to("cpu").state_dict(), READER)
+    pipeline.save_pretrained(PIPELINE)
+    clip.save_pretrained(CLIP)
+    save_file(reader.state_dict(), READER)
 
 
 def main() -> None:
