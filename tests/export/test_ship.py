@@ -57,8 +57,8 @@ def test_both_runtimes_run_every_graph_and_agree(made: Any, recipe: str) -> None
     }
     first, second = (result.latents[-1] for result in images.values())
     error = np.linalg.norm(first - second) / np.linalg.norm(first)
-    # Floats agree to their last bits. Integers round differently on the edges, and a network of random weights amplifies
-    # that; tests/benchmarks/shapes compares the two on trained weights.
+    # Floats agree to their last bits. Integers round differently on the edges, and a network of random weights
+    # amplifies that; tests/benchmarks/shapes compares the two on trained weights.
     assert error < (0.3 if recipe in ("int8", "balanced") else 1e-4)
 
 
