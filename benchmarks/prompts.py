@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffpress.errors import DiffpressError
+from diffpress.calibration.prompts import read
 
 # Subjects, styles, counts, colours, light and composition, so that no single kind of picture decides the outcome.
 VARIED = (
@@ -49,7 +49,7 @@ class Prompts:
 def choose(count: int, shapes: bool, file: Path | None = None) -> Prompts:
     """`count` prompts, a short list repeated as often as needed; raises `DiffpressError` for a file without prompts."""
     if file is not None:
-        texts = _read(file)
+        texts = read(file)
         return Prompts(_repeated(texts, count), str(file))
     if shapes:
         from diffpress.benchmarks.shapes.scenes import held_out_captions
@@ -57,17 +57,6 @@ def choose(count: int, shapes: bool, file: Path | None = None) -> Prompts:
         pairs = held_out_captions(count)
         return Prompts([words for _, words in pairs], "held-out captions of shapes", [scene for scene, _ in pairs])
     return Prompts(_repeated(list(VARIED), count), "built-in list")
-
-
-def _read(file: Path) -> list[str]:
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DiffpressError(f"the prompts in {file} cannot be read: {error}") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise DiffpressError(f"{file} holds no prompts: write one on each line")
-    return texts
 
 
 def _repeated(texts: list[str], count: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Writes the tables of the READMEs from committed results: `python -m diffpress.benchmarks.tables [--check]`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; no number in it is typed by hand.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; no number in it is typed by hand. The shipped
+recipes get the comment that states their measured result in the same way.
 """
 
 from __future__ import annotations
@@ -110,13 +111,56 @@ def shapes() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"claims": claims, "demo": demo, "presets": presets, "shapes": shapes}
-FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md")
+def shapes_claims() -> str:
+    """What `shapes` was asked to reach, and what it reached."""
+    data = json.loads((RESULTS / "shapes.json").read_text("utf-8"))
+    one, two = (data["generated"][part] for part in ("one_object", "two_objects"))
+    worst = min(data["reader"][kind] for kind in ("colour", "shape", "size", "relation"))
+    gap = max(
+        part["shuffled_captions"][kind] - part["chance"][kind] for part in (one, two) for kind in ("colour", "shape")
+    )
+    rows = [
+        ("reader on real renders, worst attribute", "98 %", f"{worst:.1%}", worst >= 0.98),
+        ("one object, colours", "97 %", f"{one['right']['colour']:.1%}", one["right"]["colour"] >= 0.97),
+        ("one object, shapes", "95 %", f"{one['right']['shape']:.1%}", one["right"]["shape"] >= 0.95),
+        ("two objects, colours", "90 %", f"{two['right']['colour']:.1%}", two["right"]["colour"] >= 0.90),
+        ("two objects, shapes", "90 %", f"{two['right']['shape']:.1%}", two["right"]["shape"] >= 0.90),
+        ("shuffled captions above chance, at most", "5 points", f"{100 * gap:.1f} points", gap <= 0.05),
+    ]
+    lines = ["| held-out captions, 50 DDIM steps | asked | reached | |", "|---|--:|--:|---|"]
+    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in rows]
+    return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    """`text` with every table made anew."""
+TABLES: dict[str, Callable[[], str]] = {
+    "claims": claims,
+    "demo": demo,
+    "presets": presets,
+    "shapes": shapes,
+    "shapes_claims": shapes_claims,
+}
+RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *RECIPES)
+
+
+def filled(file: Path) -> str:
+    """The text of `file` with every table, or a recipe's first line, made anew."""
+    text = file.read_text("utf-8")
+    if file.suffix == ".yaml":
+        rest = [line for line in text.splitlines(keepends=True) if not line.startswith("# On `shapes`")]
+        return _recipe_comment(file.stem) + "".join(rest)
     return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + "\n" + found[3], text)
+
+
+def _recipe_comment(name: str) -> str:
+    rows = json.loads((RESULTS / "presets.json").read_text("utf-8"))["rows"]
+    own, reference = (next(row for row in rows if row["name"] == wanted) for wanted in (name, "diffusers"))
+    points = 100 * (own["attribute_accuracy"] - reference["attribute_accuracy"])
+    share = own["bytes"] / reference["bytes"]
+    return (
+        f"# On `shapes`: {own['speedup_vs_eager']:.1f}x diffusers FP32 ({own['backend']}), "
+        f"{share:.0%} of its denoiser bytes, PSNR {own['psnr_db']:.1f} dB, attributes {points:+.1f} points.\n"
+    )
 
 
 def main() -> None:
@@ -124,11 +168,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a table is out of date")
     options = parser.parse_args()
-    stale = [file for file in FILES if file.read_text("utf-8") != filled(file.read_text("utf-8"))]
+    stale = [file for file in FILES if file.read_text("utf-8") != filled(file)]
     if options.check:
         sys.exit(f"out of date: {', '.join(file.name for file in stale)}" if stale else 0)
     for file in stale:
-        file.write_text(filled(file.read_text("utf-8")), "utf-8")
+        file.write_text(filled(file), "utf-8")
 
 
 if __name__ == "__main__":

@@ -35,5 +35,5 @@ def read(file: Path) -> list[str]:
         raise DiffpressError(f"prompts file {file} cannot be read: {error}") from error
     prompts = [line for line in lines if line]
     if not prompts:
-        raise DiffpressError(f"prompts file {file} has no prompts: write one a line")
+        raise DiffpressError(f"prompts file {file} holds no prompts: write one on each line")
     return prompts

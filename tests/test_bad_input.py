@@ -52,7 +52,7 @@ def refused(capsys: Capture, *words: str | Path) -> str:
         (["compress", "shapes", "--recipe", "int8", "--output", "there"], "there exists already"),
         (["compress", "shapes", "--recipe", "int8", "--output", "there/file/b"], "there/file is a file"),
         (["compress", "shapes", "--recipe", "int8", "--output", "b", "--prompts", "none.txt"], "prompts file none.txt"),
-        (["compress", "shapes", "--recipe", "int8", "--output", "b", "--prompts", "empty.txt"], "has no prompts"),
+        (["compress", "shapes", "--recipe", "int8", "--output", "b", "--prompts", "empty.txt"], "holds no prompts"),
         (["compress", "shapes", "--recipe", "int8", "--output", "b", "--prompts", "there"], "cannot be read"),
         (["compress", "shapes", "--recipe", "int8", "--output", "b", "--prompts", "binary.txt"], "cannot be read"),
         (["build", "b", "--target", "sm89"], "there is no bundle at b"),

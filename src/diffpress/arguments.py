@@ -110,6 +110,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("bundle", metavar="BUNDLE", help=BUNDLE)
     add("--against", required=True, metavar="MODEL", help="the model it was made from")
     add("--images", type=_whole(1), default=200, metavar="N", help="for the quality figures (default: %(default)s)")
+    add("--prompts", type=Path, metavar="FILE", help="prompts to judge with, one a line (default: built in)")
     add("--json", type=Path, metavar="FILE", help="write the figures here as well")
 
     add = made["inspect"].add_argument

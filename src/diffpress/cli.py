@@ -209,7 +209,12 @@ def _bench(options: argparse.Namespace) -> None:
 
     _hide_bars(options)
     report = bench(
-        options.bundle, against=options.against, images=options.images, json_file=options.json, quiet=options.quiet
+        options.bundle,
+        against=options.against,
+        images=options.images,
+        json_file=options.json,
+        quiet=options.quiet,
+        prompts_file=options.prompts,
     )
     if not options.quiet:
         found = verdict.verdict(report)

@@ -130,7 +130,7 @@ def test_other_tools_load_the_denoiser_with_the_standard_names(made: Any) -> Non
     from diffusers import OnnxRuntimeModel
 
     folder = made("fp32").path / "unet"
-    unet = OnnxRuntimeModel.from_pretrained(folder, provider="CPUExecutionProvider")
+    unet = OnnxRuntimeModel.from_pretrained(folder, provider="CPUExecutionProvider", provider_options=None)
     sample = np.zeros((2, 4, 8, 8), np.float32)
     text = np.zeros((2, made("fp32").manifest["text"]["tokens"], 32), np.float32)
     (out,) = unet(sample=sample, timestep=np.array([500], np.float32), encoder_hidden_states=text)
