@@ -21,6 +21,7 @@ from diffpress.export.graphs import GraphSpec
 from diffpress.plan import FULL, Plan
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
+CLASS = ("_class_name", "_diffusers_version")  # what diffusers opens a configuration with
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -127,8 +128,10 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, default=str))
+def _plain(config: Mapping[str, Any], private: tuple[str, ...] = ()) -> dict[str, Any]:
+    """As JSON holds it, without private entries (where a model was loaded from, for one) but those named."""
+    kept = {key: value for key, value in config.items() if not key.startswith("_") or key in private}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def _write_configs(pipeline: Any, folder: Path) -> None:
@@ -141,7 +144,7 @@ def _write_configs(pipeline: Any, folder: Path) -> None:
     for name, part in parts.items():
         config: Any = part.config
         (folder / name / "config.json").write_text(
-            json.dumps(_plain(config.to_dict() if hasattr(config, "to_dict") else config), indent=1)
+            json.dumps(_plain(config.to_dict() if hasattr(config, "to_dict") else config, CLASS), indent=1)
         )
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     pipeline.scheduler.save_pretrained(folder / "scheduler")

@@ -1,6 +1,7 @@
 """The wheel: one top-level name, everything in it, and a console script that works where nothing else is installed."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,9 @@ FOLDERS = ("benchmarks", "calibration", "compress", "export", "runtime")
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
     """Runs a command and returns what it printed; a failure shows both of its outputs."""
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    # A PYTHONPATH of the caller's would put the tree before the wheel.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
