@@ -46,7 +46,7 @@ class VaeEncoder(nn.Module):
 def specs(pipeline: Any, height: int, width: int) -> dict[str, GraphSpec]:
     """A graph per component folder; height and width in pixels."""
     vae, text = pipeline.vae, pipeline.text_encoder
-    down = 2 ** (len(vae.config.block_out_channels) - 1)
+    down = downscale(vae)
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(2, vae.config.latent_channels, height // down, width // down, generator=generator)
     image = torch.rand(2, vae.config.in_channels, height, width, generator=generator) * 2 - 1
@@ -62,6 +62,11 @@ def specs(pipeline: Any, height: int, width: int) -> dict[str, GraphSpec]:
         "vae_decoder": GraphSpec(VaeDecoder(vae), {"latent_sample": latent}, ("sample",)),
         "vae_encoder": GraphSpec(VaeEncoder(vae), {"sample": image}, ("latent_parameters",)),
     }
+
+
+def downscale(vae: Any) -> int:
+    """Pixels along one side of a latent."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def tokens(pipeline: Any) -> int:

@@ -60,7 +60,7 @@ def ship(
     """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows)."""
     sampling = plan.sampling
     denoiser, vae = pipeline.unet, pipeline.vae
-    down = 2 ** (len(vae.config.block_out_channels) - 1)
+    down = components.downscale(vae)
     latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
     text = (components.tokens(pipeline), denoiser.config.cross_attention_dim)
     checks: dict[str, Any] = {}

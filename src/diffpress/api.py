@@ -46,7 +46,7 @@ def compress(
     from diffpress.compress.families import unet as family
     from diffpress.compress.run import run
     from diffpress.compress.work import Work
-    from diffpress.export import ship
+    from diffpress.export import components, ship
 
     chosen = recipes.load(recipe)
     bundles.refuse_existing(Path(output))
@@ -60,12 +60,11 @@ def compress(
     progress = _progress(quiet)
     pipeline = models.load_pipeline(model)
     family.check(pipeline.unet)
-    reference_bytes = sum(parameter.numel() * 4 for parameter in pipeline.unet.parameters())
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     guidance = chosen.guidance_scale
     if guidance is None:
         guidance = SHAPES_GUIDANCE if models.is_shapes(model) else GUIDANCE
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    factor = components.downscale(pipeline.vae)
     size = pipeline.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else size
     sampling = tabulate(pipeline.scheduler, steps or chosen.steps, guidance, rows * factor, columns * factor)
@@ -89,7 +88,7 @@ def compress(
             "recipe": recipes.as_json(chosen),
             "seed": seed,
             "passes": [result.__dict__ for result in results],
-            "sizes": {"denoiser_reference": reference_bytes},
+            "sizes": {"denoiser_reference": 4 * parameters},
         }
         bundles.write_manifest(folder, ship.ship(pipeline, work.plan(), work.features, folder, entries, progress))
         made = bundles.read(folder)
