@@ -5,45 +5,92 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from diffpress.plan import Sampling
+from diffpress.calibration.model import state_digest
+from diffpress.calibration.sets import CalibrationSet
+from diffpress.errors import DiffpressError
+from diffpress.plan import FULL, Sampling
 
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded call of the denoiser, both guidance halves: sample [2, C, H, W], timestep [1], text [2, T, D]."""
+    """One recorded call of the denoiser, both guidance halves: sample [2, C, H, W], timestep [1], text [2, T, D].
+
+    `variant` is the graph of the step program that ran; `features` [2, C', H', W'] are those it read.
+    """
 
     sample: Tensor
     timestep: Tensor
     text: Tensor
+    variant: str = FULL
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Call:
+        """The same call with its tensors on `device`."""
+        features = {name: feature.to(device) for name, feature in self.features.items()}
+        return Call(self.sample.to(device), self.timestep.to(device), self.text.to(device), self.variant, features)
+
+
+Observe = Callable[[int, Call], None]  # told every call before it runs, and its index in the schedule
+
+
+@contextmanager
+def _plainly(pipeline: Any, observe: Observe) -> Iterator[None]:
+    indices = count()
+
+    def watch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = torch.as_tensor(args[1], dtype=torch.float32).reshape(1)
+        observe(next(indices), Call(args[0].clone(), timestep, kwargs["encoder_hidden_states"]))
+
+    hook = pipeline.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a pipeline runs its denoiser. Within `watched(pipeline, observe)` one image is made and every call observed.
+
+    `key` tells executions apart that give other calls.
+    """
+
+    key: str
+    watched: Callable[[Any, Observe], AbstractContextManager[None]]
+
+
+PLAIN = Execution("", _plainly)  # the denoiser as it is, in full at every step
 
 
 @dataclass(frozen=True)
 class Recordings:
-    """Recorded calls in a folder, a file per prompt; iterating reads one file at a time."""
+    """Recorded calls in a folder, a file per prompt; iterating holds one call in memory."""
 
     folder: Path
-    prompts: int
-    steps: int  # calls of each prompt
+    calls: tuple[tuple[int, ...], ...]  # of each prompt, which calls of the schedule
 
     def __len__(self) -> int:
-        return self.prompts * self.steps
+        return sum(map(len, self.calls))
 
     def __iter__(self) -> Iterator[Call]:
-        for index in range(self.prompts):
-            data = load_file(self.folder / f"{index:04}.safetensors")
-            for sample, timestep in zip(data["samples"], data["timesteps"], strict=True):
-                yield Call(sample, timestep.reshape(1), data["text"])
+        for index in range(len(self.calls)):
+            yield from _read(_file(self.folder, index))
+
+    def rows(self) -> set[int]:
+        """The rows of the schedule that some prompt has a call of."""
+        return {row for calls in self.calls for row in calls}
 
 
 def cache_root() -> Path:
@@ -52,60 +99,49 @@ def cache_root() -> Path:
     return Path(os.environ.get("DIFFPRESS_CACHE", default))
 
 
-def uniform_stride(calls: int, count: int) -> list[int]:
-    """`count` call indices at a uniform stride over a schedule (Li et al. 2023, Q-Diffusion), the first among them."""
-    count = min(count, calls)
-    return sorted({round(index * (calls - 1) / max(1, count - 1)) for index in range(count)})
-
-
 @torch.no_grad()
 def record(
     pipeline: Any,
     model_digest: str,
     sampling: Sampling,
-    prompts: Sequence[str],
-    steps: int,
+    calibration: CalibrationSet,
     seed: int,
     progress: Callable[[Iterable[Any], str], Iterable[Any]],
+    execution: Execution = PLAIN,
 ) -> Recordings:
-    """The denoiser's inputs at `steps` calls of the schedule for every prompt, made once and reused from disk.
+    """The denoiser's inputs at the calls that `calibration` chooses, made once and reused from disk.
 
-    The key is everything they depend on: model, prompts, schedule, guidance, seed. Prompt i starts from seed + i.
+    The key is everything they depend on: model and the denoiser's weights as they are now, prompts, calls, schedule,
+    guidance, seed, execution. Prompt i starts from seed + i. An interrupted run goes on with the prompts it lacks.
     """
     schedule = {name: value for name, value in sampling.to_json().items() if name != "terms"}
-    key = json.dumps([model_digest, list(prompts), schedule, steps, seed, torch.__version__])
+    horizon = float(pipeline.scheduler.config.num_train_timesteps)
+    chosen = calibration.calls(sampling.timesteps, horizon, seed)
+    state = [model_digest, state_digest(pipeline.unet), str(pipeline.unet.device.type), torch.__version__]
+    key = json.dumps([*state, calibration.prompts, chosen, schedule, seed, execution.key])
     folder = cache_root() / "calibration" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    chosen = uniform_stride(len(sampling.timesteps), steps)
-    recordings = Recordings(folder, len(prompts), len(chosen))
-    if folder.is_dir():
-        return recordings
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(suffix=".partial", dir=folder.parent))
-    try:
-        for index, prompt in enumerate(progress(prompts, "recording")):
-            tensors = _record_one(pipeline, sampling, prompt, seed + index, chosen)
-            save_file(tensors, partial / f"{index:04}.safetensors")
-        if not folder.is_dir():  # another run may have made the same
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return recordings
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [index for index in range(len(chosen)) if not _file(folder, index).exists()]
+    for index in progress(missing, "recording") if missing else ():
+        calls = _run(pipeline, sampling, calibration.prompts[index], seed + index, chosen[index], execution)
+        _write(calls, _file(folder, index))
+    return Recordings(folder, chosen)
 
 
-def _record_one(pipeline: Any, sampling: Sampling, prompt: str, seed: int, chosen: list[int]) -> dict[str, Tensor]:
-    samples, timesteps, text = [], [], None
-    call = 0
+def _run(
+    pipeline: Any, sampling: Sampling, prompt: str, seed: int, chosen: Sequence[int], execution: Execution
+) -> list[Call]:
+    """Make one image; the calls at the indices `chosen`."""
+    kept: list[Call] = []
+    made = 0
 
-    def watch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal call, text
-        if call in chosen:
-            samples.append(args[0].clone())
-            timesteps.append(torch.as_tensor(args[1], dtype=torch.float32).reshape(()))
-            text = kwargs["encoder_hidden_states"]
-        call += 1
+    def observe(index: int, call: Call) -> None:
+        nonlocal made
+        made += 1
+        if index in chosen:
+            kept.append(call.to("cpu"))
 
-    hook = pipeline.unet.register_forward_pre_hook(watch, with_kwargs=True)
-    try:
+    with execution.watched(pipeline, observe):
         pipeline(
             prompt,
             num_inference_steps=sampling.steps,
@@ -115,7 +151,40 @@ def _record_one(pipeline: Any, sampling: Sampling, prompt: str, seed: int, chose
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         )
+    if made != len(sampling.timesteps):
+        raise DiffpressError(
+            f"the pipeline called its denoiser {made} times where the schedule has {len(sampling.timesteps)} calls"
+        )
+    return kept
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:04}.safetensors"
+
+
+def _write(calls: Sequence[Call], path: Path) -> None:
+    """One file for one prompt, whole or not there; other processes may write the same."""
+    tensors = {"text": calls[0].text}
+    for index, call in enumerate(calls):
+        tensors |= {f"{index}/sample": call.sample, f"{index}/timestep": call.timestep}
+        tensors |= {f"{index}/feature/{name}": feature for name, feature in call.features.items()}
+    # Copies: steps may share a feature or be views of one schedule, and the format wants each tensor on its own.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, {"variants": json.dumps([call.variant for call in calls])})
+        partial.replace(path)
     finally:
-        hook.remove()
-    assert text is not None
-    return {"samples": torch.stack(samples), "timesteps": torch.stack(timesteps), "text": text.contiguous()}
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Iterator[Call]:
+    with safe_open(path, framework="pt") as file:
+        names, text = set(file.keys()), file.get_tensor("text")
+        for index, variant in enumerate(json.loads(file.metadata()["variants"])):
+            start = f"{index}/feature/"
+            features = {
+                name.removeprefix(start): file.get_tensor(name) for name in sorted(names) if name.startswith(start)
+            }
+            sample, timestep = file.get_tensor(f"{index}/sample"), file.get_tensor(f"{index}/timestep")
+            yield Call(sample, timestep, text, variant, features)

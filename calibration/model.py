@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffpress.errors import DiffpressError
 
@@ -46,6 +48,16 @@ def digest(model: str) -> str:
                 state.update(stream.read(1 << 20))
                 stream.seek(max(0, file.stat().st_size - (1 << 20)))
                 state.update(stream.read())
+    return state.hexdigest()
+
+
+def state_digest(module: nn.Module) -> str:
+    """Identifies a module's tensors as they are in memory: names, shapes, types and values."""
+    state = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        # A checksum, since a cryptographic hash of gigabytes takes several times as long.
+        check = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        state.update(f"{name}:{list(tensor.shape)}:{tensor.dtype}:{check}\n".encode())
     return state.hexdigest()
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from diffpress.compress.cache.deepcache import CachePass
-from diffpress.compress.quantize.int8 import QuantizePass
+from diffpress.compress.quantize.post_training import QuantizePass
 from diffpress.compress.temporal.table import TemporalTablePass
 from diffpress.compress.work import Pass
 from diffpress.errors import DiffpressError

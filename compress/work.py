@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from diffpress.calibration.capture import Recordings
+from torch import Tensor
+
+from diffpress.calibration.capture import Call, Execution, Recordings
+from diffpress.compress.cache.execute import execution, replay
 from diffpress.plan import FULL, LayerQuant, Plan, Sampling, StepProgram, TemporalTable
 
 
@@ -17,12 +21,14 @@ class Work:
     pipeline: Any
     sampling: Sampling
     seed: int
-    record: Callable[[], Recordings]  # runs the reference pipeline once, or reads what an earlier run stored
+    recorder: Callable[[Execution], Recordings]  # runs the pipeline, or reads what an earlier run stored
     progress: Callable[[Iterable[Any], str], Iterable[Any]]
+    scratch: Path  # where long passes keep what they have done, so that an interrupted run goes on
     program: StepProgram = field(init=False)
     quantization: dict[str, LayerQuant] = field(default_factory=dict)
     temporal: TemporalTable | None = None
     features: dict[str, int] = field(default_factory=dict)  # feature name to its branch in the denoiser
+    _recorded: tuple[str, Recordings] | None = field(default=None, init=False, repr=False)  # with its execution's key
 
     def __post_init__(self) -> None:
         self.program = StepProgram((FULL,) * len(self.sampling.timesteps))
@@ -31,6 +37,20 @@ class Work:
     def denoiser(self) -> Any:
         """The network that runs at every step."""
         return self.pipeline.unet
+
+    def record(self) -> Recordings:
+        """The pipeline's calls under the step program as it is; made again only when the program has changed.
+
+        They are of the weights at the first asking, so ask before changing weights, and outside of `simulated`.
+        """
+        now = execution(self.program, self.features)
+        if self._recorded is None or self._recorded[0] != now.key:
+            self._recorded = (now.key, self.recorder(now))
+        return self._recorded[1]
+
+    def run(self, call: Call) -> Tensor:
+        """`out_sample` [2, C, H, W] of the denoiser as it is now on a recorded call; gradients flow."""
+        return replay(self.denoiser, self.program, self.features, call)
 
     def plan(self) -> Plan:
         """The decisions so far, as data."""

@@ -1,99 +1,218 @@
 """Writes a quantization plan into an ONNX graph as standard Q/DQ operators.
 
-Weights are stored as INT8 with a DequantizeLinear only, so the file shrinks. Layer inputs get QuantizeLinear and
-DequantizeLinear; layers that share an input and a scale share the pair. Zero points are 0, as TensorRT demands.
+Weights are stored in their format behind a DequantizeLinear, so the file shrinks. Layer inputs get QuantizeLinear and
+DequantizeLinear; layers that share an input and a scale share the pair. Zero points are 0 and scales are constants, as
+TensorRT demands.
+
+Where every step has its own scale s[step], the graph keeps one scale s0 and looks up r = s0 / s[step] by the timestep:
+
+    x -> Mul(r) -> Q(s0) -> DQ(s0) -> layer without bias -> Mul(1 / r) -> Add(bias)
+
+which is quantization with s[step], exactly where r is a power of two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from diffpress.compress.numerics.integer import quantize
+from diffpress.compress.numerics.formats import get, quantize
 from diffpress.errors import DiffpressError
 from diffpress.export.graphs import module_path
 from diffpress.plan import LayerQuant
 
+TYPES = {
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "e4m3": ir.DataType.FLOAT8E4M3FN,
+    "e2m1": ir.DataType.FLOAT4E2M1,
+}
+OPSETS = {"int8": 20, "e4m3": 20, "int4": 21, "e2m1": 23}  # that know the type
 
-def insert(model: ir.Model, quantization: Mapping[str, LayerQuant], prefix: str = "unet.") -> set[str]:
+
+def insert(
+    model: ir.Model, quantization: Mapping[str, LayerQuant], timesteps: Sequence[float] = (), prefix: str = "unet."
+) -> set[str]:
     """Quantize the layers of `quantization` that `model` contains; the names of those it did.
 
-    A graph of a cached step holds few of them, so absence is not an error; a weight that cannot be read is.
+    Every layer must be deployable (`export.deploy`); `timesteps` is the schedule that per-step scales belong to. A
+    graph of a cached step holds few of the layers, so absence is not an error; a weight that cannot be read is.
     """
-    shared: dict[tuple[str, float], ir.Value] = {}
-    weights: dict[str, ir.Value] = {}
+    graph = _Graph(model, tuple(timesteps))
+    opset = model.graph.opset_imports[""]
     done: set[str] = set()
     for node in list(model.graph):
         if node.op_type not in ("Conv", "MatMul", "Gemm") or len(node.inputs) < 2:
             continue
         name = module_path(node).removeprefix(prefix)
         weight = node.inputs[1]
-        if name not in quantization or weight is None or weight.const_value is None:
+        if name not in quantization or weight is None or (weight.const_value is None and name not in graph.weights):
             continue
         layer = quantization[name]
-        if name not in weights:
-            weights[name] = _stored(model, node, name, weight, layer)
-        node.replace_input_with(1, weights[name])
-        source = node.inputs[0]
-        assert source is not None
-        key = (source.name or "", layer.input_scale)
-        if key not in shared:
-            shared[key] = _rounded(model, node, source, layer.input_scale)
-        node.replace_input_with(0, shared[key])
+        if name not in graph.weights:
+            graph.weights[name] = _stored(graph, node, name, weight, layer)
+            opset = max(opset, OPSETS[layer.weight_format], OPSETS[layer.input_format or "int8"])
+        node.replace_input_with(1, graph.weights[name])
+        if layer.input_scale is not None:
+            _round_input(graph, node, layer)
+        elif layer.multiplier is not None:
+            node.replace_input_with(0, _scaled(graph, node, layer, None))
         done.add(name)
+    model.graph.opset_imports[""] = opset
     return done
 
 
-def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.tensor(array, name=name),
-    )
-    model.graph.register_initializer(value)
-    return value
+@dataclass
+class _Graph:
+    """What is shared between the layers of one graph."""
+
+    model: ir.Model
+    timesteps: tuple[float, ...]
+    weights: dict[str, ir.Value] = field(default_factory=dict)
+    shared: dict[tuple[str, ...], ir.Value] = field(default_factory=dict)
+
+    def constant(self, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+        """An initializer; the first of a name wins."""
+        if name in self.model.graph.initializers:
+            return self.model.graph.initializers[name]
+        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )  # fmt: skip
+        self.model.graph.register_initializer(value)
+        return value
+
+    def before(
+        self, user: ir.Node, op: str, inputs: Sequence[ir.Value], name: str, like: ir.Value | None = None, **fields: int
+    ) -> ir.Value:
+        """A node in front of `user`; its output is typed as `like`."""
+        node = ir.node(op, inputs=list(inputs), attributes=fields, name=name)
+        node.outputs[0].name = f"{name}_out"
+        if like is not None:
+            node.outputs[0].dtype, node.outputs[0].shape = like.dtype, like.shape
+        self.model.graph.insert_before(user, node)
+        return node.outputs[0]
 
 
-def _stored(model: ir.Model, user: ir.Node, name: str, weight: ir.Value, layer: LayerQuant) -> ir.Value:
-    """The INT8 weight behind a DequantizeLinear; the float one leaves the graph with its last user."""
+def _stored(graph: _Graph, user: ir.Node, name: str, weight: ir.Value, layer: LayerQuant) -> ir.Value:
+    """The weight in its format behind a DequantizeLinear; the float one leaves the graph with its last user."""
     assert weight.const_value is not None
-    array = weight.const_value.numpy()
+    array = torch.from_numpy(np.array(weight.const_value.numpy()))
     transposed = user.op_type == "MatMul" or (user.op_type == "Gemm" and not _flag(user, "transB"))
-    axis = 1 if transposed else 0  # of the output channels: [in, out] in a MatMul, [out, in, ...] else
-    if array.shape[axis] != len(layer.weight_scale):
-        raise DiffpressError(f"layer {name}: weight {array.shape} does not fit {len(layer.weight_scale)} scales")
+    array = array.T if transposed else array  # [out, in, ...] from here on
     scale = torch.from_numpy(layer.weight_scale)
-    integers = quantize(torch.from_numpy(np.array(array)), scale, axis=axis).to(torch.int8).numpy()
+    if len(scale) != len(array):
+        raise DiffpressError(f"layer {name}: weight {tuple(array.shape)} does not fit {len(scale)} scales")
+    if layer.multiplier is not None:
+        array = array / torch.from_numpy(layer.multiplier).reshape(1, -1, *[1] * (array.ndim - 2))
+    grid = quantize(array, scale, get(layer.weight_format))
+    fields = {"axis": 1 if transposed else 0}
+    if scale.ndim == 2:
+        fields = {"axis": 0 if transposed else 1, "block_size": array.shape[1] // scale.shape[1]}
+        # ONNX wants a scale for every place that is not along the blocks.
+        scale = scale.reshape(*scale.shape, *[1] * (array.ndim - 2)).expand(*scale.shape, *array.shape[2:])
+    if transposed:
+        grid, scale = grid.T, scale.T if scale.ndim == 2 else scale
+    kind = TYPES[layer.weight_format]
+    packed = ir.tensor(grid.contiguous().numpy().astype(kind.numpy()), dtype=kind, name=f"{name}.weight_{kind.name}")
     inputs = [
-        _constant(model, f"{name}.weight_int8", integers),
-        _constant(model, f"{name}.weight_scale", layer.weight_scale),
+        graph.constant(f"{name}.weight_{kind.name.lower()}", packed),
+        graph.constant(f"{name}.weight_scale", scale.contiguous().numpy().astype(np.float32)),
     ]
-    node = ir.node("DequantizeLinear", inputs=inputs, attributes={"axis": axis}, name=f"{name}.weight_dq")
-    _typed(node, weight, f"{name}.weight_dequantized")
-    model.graph.insert_before(user, node)
-    return node.outputs[0]
+    return graph.before(user, "DequantizeLinear", inputs, f"{name}.weight_dq", weight, **fields)
 
 
-def _rounded(model: ir.Model, user: ir.Node, source: ir.Value, scale: float) -> ir.Value:
-    stem = f"{source.name}_{scale:.8g}"
-    scale_value = _constant(model, f"{stem}_scale", np.array(scale, np.float32))
-    zero = model.graph.initializers.get("zero_point_int8") or _constant(model, "zero_point_int8", np.array(0, np.int8))
-    q = ir.node("QuantizeLinear", inputs=[source, scale_value, zero], name=f"{stem}_q")
-    q.outputs[0].name = f"{stem}_int8"
-    q.outputs[0].dtype, q.outputs[0].shape = ir.DataType.INT8, source.shape
-    dq = ir.node("DequantizeLinear", inputs=[q.outputs[0], scale_value, zero], name=f"{stem}_dq")
-    _typed(dq, source, f"{stem}_dequantized")
-    model.graph.insert_before(user, [q, dq])
-    return dq.outputs[0]
+def _round_input(graph: _Graph, node: ir.Node, layer: LayerQuant) -> None:
+    """Q and DQ on the layer's input, and for scales by step the factors around it."""
+    assert layer.input_scale is not None
+    assert layer.input_format is not None
+    scales = layer.input_scale.astype(np.float32)
+    # The middle of the range: r stays near one, so half precision holds it.
+    base = np.float32(scales[0] if len(scales) == 1 else np.exp(np.log(scales.astype(np.float64)).mean()))
+    stepped = len(scales) > 1
+    source = _scaled(graph, node, layer, base / scales if stepped else None)
+    key = (source.name or "", layer.input_format, f"{base:.9g}")
+    if key not in graph.shared:
+        kind = TYPES[layer.input_format]
+        stem = f"{source.name}_{base:.8g}"
+        zero = graph.constant(
+            f"zero_point_{kind.name.lower()}", ir.tensor(np.array(0).astype(kind.numpy()), dtype=kind)
+        )
+        pair = [graph.constant(f"{stem}_scale", np.array(base, np.float32)), zero]
+        q = graph.before(node, "QuantizeLinear", [source, *pair], f"{stem}_q")
+        q.dtype, q.shape = kind, source.shape
+        graph.shared[key] = graph.before(node, "DequantizeLinear", [q, *pair], f"{stem}_dq", source)
+    node.replace_input_with(0, graph.shared[key])
+    if stepped:
+        _undo_after(graph, node, scales / base)
 
 
-def _typed(node: ir.Node, like: ir.Value, name: str) -> None:
-    node.outputs[0].name = name
-    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, like.shape
+def _scaled(graph: _Graph, node: ir.Node, layer: LayerQuant, by_step: np.ndarray | None) -> ir.Value:
+    """The layer's input times its multiplier and its factor of the step, where there are any."""
+    source = node.inputs[0]
+    assert source is not None
+    if layer.multiplier is None and by_step is None:
+        return source
+    parts = [part.tobytes().hex() for part in (layer.multiplier, by_step) if part is not None]
+    key = (source.name or "", "scaled", *parts)
+    if key in graph.shared:
+        return graph.shared[key]
+    stem = f"{source.name}_by{len(graph.shared)}"
+    factor: ir.Value | None = None
+    if layer.multiplier is not None:
+        shape = (-1, 1, 1) if node.op_type == "Conv" else (-1,)
+        factor = graph.constant(f"{stem}_multiplier", layer.multiplier.astype(np.float32).reshape(shape))
+    if by_step is not None:
+        looked_up = _at_step(graph, node, by_step, f"{stem}_step")
+        factor = looked_up if factor is None else graph.before(node, "Mul", [factor, looked_up], f"{stem}_factor")
+    assert factor is not None
+    graph.shared[key] = graph.before(node, "Mul", [source, factor], f"{stem}_mul", source)
+    return graph.shared[key]
+
+
+def _at_step(graph: _Graph, user: ir.Node, values: np.ndarray, name: str) -> ir.Value:
+    """The value [1] of the step the graph is called for; `values` [steps]."""
+    if len(values) != len(graph.timesteps):
+        raise DiffpressError(f"{len(values)} scales by step do not fit a schedule of {len(graph.timesteps)} calls")
+    if ("row",) not in graph.shared:
+        timestep = next(value for value in graph.model.graph.inputs if value.name == "timestep")
+        first = graph.model.graph[0]  # every layer comes after it
+        schedule = graph.constant("schedule", np.array(graph.timesteps, np.float32))
+        away = graph.before(first, "Sub", [schedule, timestep], "schedule_away")
+        distance = graph.before(first, "Abs", [away], "schedule_distance")
+        graph.shared["row",] = graph.before(first, "ArgMin", [distance], "schedule_row", axis=0, keepdims=1)
+    table = graph.constant(f"{name}_table", values.astype(np.float32))
+    return graph.before(user, "Gather", [table, graph.shared["row",]], name, axis=0)
+
+
+def _undo_after(graph: _Graph, node: ir.Node, by_step: np.ndarray) -> None:
+    """Multiply the layer's product by its factor of the step, before its bias is added."""
+    output = node.outputs[0]
+    if output.is_graph_output():
+        raise DiffpressError(f"layer {node.name} gives an output of the graph and cannot have scales by step")
+    users = [(usage.node, usage.idx) for usage in output.uses()]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    name = f"{node.name}_unstep"
+    following = _next(graph.model, node)
+    looked_up = _at_step(graph, following, by_step, name)
+    value = graph.before(following, "Mul", [output, looked_up], f"{name}_mul", output)
+    if bias is not None:
+        node.resize_inputs(2)
+        if node.op_type == "Conv":
+            shape = graph.constant("channels_first", np.array([-1, 1, 1], np.int64))
+            bias = graph.before(following, "Reshape", [bias, shape], f"{name}_bias")
+        value = graph.before(following, "Add", [value, bias], f"{name}_add", output)
+    for user, index in users:
+        user.replace_input_with(index, value)
+
+
+def _next(model: ir.Model, node: ir.Node) -> ir.Node:
+    nodes = list(model.graph)
+    return nodes[nodes.index(node) + 1]
 
 
 def _flag(node: ir.Node, name: str) -> int:

@@ -17,6 +17,7 @@ import diffpress
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, graphs, parity, qdq, store
+from diffpress.export.deploy import deployable
 from diffpress.export.graphs import GraphSpec
 from diffpress.plan import FULL, Plan
 
@@ -64,16 +65,17 @@ def ship(
     latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
     text = (components.tokens(pipeline), denoiser.config.cross_attention_dim)
     checks: dict[str, Any] = {}
+    shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser):
         specs = denoiser_specs(denoiser, plan, features, latent, text)
         models = {}
         for name, spec in progress(specs.items(), "exporting the denoiser"):
             models[file_of(name)] = graphs.to_onnx(spec)
         for model in models.values():
-            qdq.insert(model, plan.quantization)
+            qdq.insert(model, shipped, sampling.timesteps)
             graphs.finish(model)
         store.save(models, folder / "unet")
-        with simulated(denoiser, plan.quantization):
+        with simulated(denoiser, shipped, sampling.timesteps):
             for name, spec in progress(specs.items(), "checking the denoiser"):
                 checks[f"unet/{file_of(name)}"] = _checked(folder / "unet" / file_of(name), spec)
     for name, spec in progress(

@@ -121,11 +121,19 @@ class _OnnxRuntime:
         # Each variant has its own threads; those of the idle one must not spin while another runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self._session = library.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            self._session = self._opened(library, options)
         except self._errors as error:
             raise DiffpressError(f"ONNX Runtime cannot open {file}: {_first_line(error)}") from error
         self.inputs: Mapping[str, Port] = {node.name: _onnxruntime_port(node) for node in self._session.get_inputs()}
         self.outputs: Mapping[str, Port] = {node.name: _onnxruntime_port(node) for node in self._session.get_outputs()}
+
+    def _opened(self, library: Any, options: Any) -> Any:
+        try:
+            return library.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
+        except self._errors:
+            # Its integer fusions take FP8 Q/DQ for INT8 and then refuse what they made; without them it runs.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            return library.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
 
     def prepare(self, batch: int) -> None:
         pass

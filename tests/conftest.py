@@ -128,7 +128,7 @@ def _write(folder: Path) -> None:
     )
     variants = {FULL: Variant(writes=("feature_0",)), "cached": Variant(reads=("feature_0",))}
     program = StepProgram((FULL, "cached", "cached") * 2, variants)
-    layers = {name: LayerQuant(np.full(CHANNELS, 0.01, np.float32), 0.02) for name in ("conv_in", "to_q")}
+    layers = {name: LayerQuant(np.full(CHANNELS, 0.01, np.float32), np.array([0.02], np.float32)) for name in ("conv_in", "to_q")}
     Plan(sampling, program, layers).save(folder / "plan")
     bundle.write_manifest(
         folder,

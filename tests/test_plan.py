@@ -16,7 +16,10 @@ def sampling() -> Sampling:
 
 
 def plan() -> Plan:
-    layers = {"down_blocks.0.attn/q": LayerQuant(np.array([0.5, 0.25], np.float32), 1 / 3)}
+    layers = {
+        "down_blocks.0.attn/q": LayerQuant(np.array([0.5, 0.25], np.float32), np.array([1 / 3], np.float32)),
+        "up": LayerQuant(np.ones((2, 3), np.float32), None, "int4", None, np.arange(1, 7, dtype=np.float32)),
+    }
     table = TemporalTable((999.0, 1.5), {"down_blocks.0.resnets.0": np.arange(6, dtype=np.float32).reshape(2, 3)})
     return Plan(sampling(), StepProgram((FULL, "cached"), VARIANTS), layers, table)
 
@@ -26,11 +29,11 @@ def test_a_plan_comes_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
     saved.save(tmp_path / "new" / "plan")
     loaded = Plan.load(tmp_path / "new" / "plan")
     assert loaded.sampling == saved.sampling and loaded.program == saved.program
-    (name,) = saved.quantization
-    assert loaded.quantization.keys() == {name}
-    assert loaded.quantization[name].input_scale == saved.quantization[name].input_scale
-    assert loaded.quantization[name].format == "int8"
-    np.testing.assert_array_equal(loaded.quantization[name].weight_scale, saved.quantization[name].weight_scale)
+    assert loaded.quantization.keys() == saved.quantization.keys()
+    for name, layer in saved.quantization.items():
+        for key, value in layer.__dict__.items():
+            np.testing.assert_array_equal(getattr(loaded.quantization[name], key), value)
+    assert [layer.name for layer in loaded.quantization.values()] == ["int8", "int4 weights"]
     assert loaded.temporal is not None and saved.temporal is not None
     assert loaded.temporal.timesteps == saved.temporal.timesteps
     for path, table in saved.temporal.tables.items():

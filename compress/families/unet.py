@@ -102,6 +102,85 @@ def quantizable(unet: Any) -> dict[str, nn.Conv2d | nn.Linear]:
     }
 
 
+def unhandled(unet: Any) -> list[str]:
+    """Module paths of layers with a weight matrix that nothing here quantizes, with their class."""
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in unet.named_modules()
+        if not isinstance(module, nn.Conv2d | nn.Linear)
+        and isinstance(weight := getattr(module, "weight", None), Tensor)
+        and weight.ndim > 1
+    ]
+
+
+def units(unet: Any) -> dict[str, nn.Module]:
+    """Module path to the parts that are reconstructed one after the other, in forward order.
+
+    ResBlocks, transformers, and the resampling convolutions between them (Li et al. 2023, Q-Diffusion, Section 3.2).
+    """
+    mid = unet.mid_block
+    ordered: list[nn.Module | None] = []
+    for layer in down_layers(unet):
+        ordered += [layer.resnet, layer.attention, layer.resample]
+    if mid is not None:
+        attentions = list(getattr(mid, "attentions", None) or [])
+        ordered.append(mid.resnets[0])
+        for index, resnet in enumerate(mid.resnets[1:]):
+            ordered += [attentions[index] if index < len(attentions) else None, resnet]
+    for layer in up_layers(unet):
+        ordered += [layer.resnet, layer.attention, layer.resample]
+    paths = {id(module): name for name, module in unet.named_modules()}
+    return {paths[id(module)]: module for module in ordered if module is not None}
+
+
+def attention_layers(unet: Any) -> dict[str, nn.Linear]:
+    """Module path to the query, key, value and output projections of every attention."""
+    ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    return {name: module for name, module in unet.named_modules() if name.endswith(ends)}
+
+
+def feed_forward_layers(unet: Any) -> dict[str, nn.Linear]:
+    """Module path to the linear layers of every feed-forward network."""
+    return {
+        name: module for name, module in unet.named_modules() if ".ff.net." in name and isinstance(module, nn.Linear)
+    }
+
+
+def concatenations(unet: Any) -> dict[str, int]:
+    """Module path to each convolution that reads [hidden, skip] joined, and how many channels of it are hidden."""
+    paths = {id(module): name for name, module in unet.named_modules()}
+    skips = _skip_channels(unet)
+    result = {}
+    for layer in up_layers(unet):
+        skip = skips.pop()
+        for module in (layer.resnet.conv1, layer.resnet.conv_shortcut):  # type: ignore[union-attr]
+            if module is not None:
+                result[paths[id(module)]] = module.in_channels - skip
+    return result
+
+
+def _skip_channels(unet: Any) -> list[int]:
+    """Channels of every skip, in the order they are made."""
+    channels = [unet.conv_in.out_channels]
+    for layer in down_layers(unet):
+        # A resampling keeps what came before it unless it is a convolution of another width.
+        module: Any = layer.resnet if layer.resnet is not None else getattr(layer.resample, "conv", None)
+        channels.append(getattr(module, "out_channels", channels[-1]))
+    return channels
+
+
+def time_layers(unet: Any) -> dict[str, nn.Linear]:
+    """Module path to the linear layers that depend on the timestep alone: the embedding's, and every projection of it.
+
+    The "temporal information block" of Huang et al. 2024 (TFMQ-DM, Section 4.1). Empty once a table replaces it.
+    """
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and (name.startswith("time_embedding.") or name.endswith(".time_emb_proj"))
+    }
+
+
 def time_projections(unet: Any) -> dict[str, Any]:
     """Module path to every ResBlock whose time projection depends on the timestep alone."""
     return {

@@ -125,7 +125,7 @@ def _program(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantization(bundle: Bundle) -> dict[str, Any]:
     layers = Plan.load(bundle.file("plan")).quantization
-    return {"layers": len(layers), "formats": dict(Counter(layer.format for layer in layers.values()))}
+    return {"layers": len(layers), "formats": dict(Counter(layer.name for layer in layers.values()))}
 
 
 def _present(bundle: Bundle) -> set[str]:

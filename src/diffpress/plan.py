@@ -17,6 +17,7 @@ import numpy as np
 
 from diffpress.errors import DiffpressError
 
+_ARRAYS = ("weight_scale", "input_scale", "multiplier")  # of a LayerQuant
 FULL = "full"  # the variant that computes everything; its graph is model.onnx
 
 
@@ -105,14 +106,31 @@ class StepProgram:
 
 @dataclass(frozen=True)
 class LayerQuant:
-    """How one layer computes: weight scale per output channel [out], one scale for its input, both symmetric.
+    """How one layer computes; everything symmetric. Formats are named as in `compress.numerics.formats`.
 
-    A quantized value is clip(round(x / scale), -128, 127); `format` names the arithmetic ("int8").
+    The weight W [out, in, ...] of the model stands in the graph as Q(W / multiplier), the layer's input x as
+    Q(x * multiplier): the product is the same, the ranges are easier. `weight_scale` is [out], or [out, blocks] for
+    equal blocks of input channels. `input_scale` is [1], or [steps] when every step has its own; it and `input_format`
+    are None where inputs stay in float. `multiplier` is [in], or None for ones.
     """
 
     weight_scale: np.ndarray
-    input_scale: float
-    format: str = "int8"
+    input_scale: np.ndarray | None = None
+    weight_format: str = "int8"
+    input_format: str | None = "int8"
+    multiplier: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if (self.input_format is None) != (self.input_scale is None):
+            raise DiffpressError("a quantized layer needs a scale and a format for its input, or neither")
+
+    @property
+    def name(self) -> str:
+        """Both formats, for people: "int8", "int4 x int8", "int4 weights"."""
+        if self.input_format is None:
+            return f"{self.weight_format} weights"
+        same = self.input_format == self.weight_format
+        return self.weight_format if same else f"{self.weight_format} x {self.input_format}"
 
 
 @dataclass(frozen=True)
@@ -135,11 +153,16 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Write `plan.json` and `tensors.npz` into `folder`, which is made if absent."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"weight_scale/{name}": layer.weight_scale for name, layer in self.quantization.items()}
+        tensors = {
+            f"{field}/{name}": value
+            for name, layer in self.quantization.items()
+            for field in _ARRAYS
+            if (value := getattr(layer, field)) is not None
+        }
         if self.temporal is not None:
             tensors |= {f"temporal/{name}": table for name, table in self.temporal.tables.items()}
         layers = {
-            name: {"format": layer.format, "input_scale": layer.input_scale}
+            name: {"weight_format": layer.weight_format, "input_format": layer.input_format}
             for name, layer in self.quantization.items()
         }
         document = {
@@ -159,7 +182,7 @@ class Plan:
             with np.load(folder / "tensors.npz", allow_pickle=False) as file:
                 tensors = dict(file)
             quantization = {
-                name: LayerQuant(tensors[f"weight_scale/{name}"], entry["input_scale"], entry["format"])
+                name: LayerQuant(**{field: tensors.get(f"{field}/{name}") for field in _ARRAYS}, **entry)
                 for name, entry in document["quantization"].items()
             }
             temporal = None

@@ -1,0 +1,88 @@
+"""Adam for the passes that learn: it goes on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffpress.errors import DiffpressError
+
+SAVE_EVERY = 100  # iterations between two states on disk
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of one parameter in torch's Adam
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate; with `decays` it falls to 0 along a cosine."""
+
+    parameters: Mapping[str, Tensor]  # leaves that require gradients; names are unique over all groups
+    rate: float
+    decays: bool = False
+
+
+def descend(
+    loss: Callable[[int], Tensor],
+    groups: Sequence[Group],
+    iterations: int,
+    file: Path,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]],
+    text: str,
+) -> None:
+    """Lower `loss` of the iteration's number by changing the parameters in place.
+
+    The state goes to `file` every `SAVE_EVERY` iterations and in the end, and is taken from it at the start: where
+    `loss` depends on parameters and number alone, a run in pieces ends where a whole one does. Raises `DiffpressError`
+    when the loss is not finite.
+    """
+    named = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    optimizer = torch.optim.Adam([{"params": list(group.parameters.values()), "lr": group.rate} for group in groups])
+    start = _restore(file, named, optimizer)
+    with torch.enable_grad():
+        for iteration in progress(range(start, iterations), text):
+            for group, state in zip(groups, optimizer.param_groups, strict=True):
+                if group.decays:
+                    state["lr"] = group.rate * (1 + math.cos(math.pi * iteration / iterations)) / 2
+            optimizer.zero_grad()
+            value = loss(iteration)
+            if not bool(value.isfinite()):
+                raise DiffpressError(f"{text}: the loss is not finite at iteration {iteration}; take a lower rate")
+            if value.requires_grad:  # a cached step may run none of the layers that learn
+                value.backward(inputs=list(named.values()))
+            optimizer.step()
+            if (iteration + 1) % SAVE_EVERY == 0 or iteration + 1 == iterations:
+                _save(file, named, optimizer, iteration + 1)
+
+
+def _save(file: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, done: int) -> None:
+    tensors = {f"value/{name}": parameter.detach() for name, parameter in named.items()}
+    for name, parameter in named.items():
+        state = optimizer.state.get(parameter, {})  # none before its first gradient
+        tensors |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
+    tensors["done"] = torch.tensor(done)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(file)
+
+
+def _restore(file: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """The iterations that are done already."""
+    if not file.is_file():
+        return 0
+    tensors = load_file(file)
+    for name, parameter in named.items():
+        parameter.data.copy_(tensors[f"value/{name}"])
+        if f"step/{name}" in tensors:
+            # Adam counts its steps on the CPU, whatever the parameter's device.
+            optimizer.state[parameter] = {
+                moment: tensors[f"{moment}/{name}"].to("cpu" if moment == "step" else parameter.device)
+                for moment in _MOMENTS
+            }
+    return int(tensors["done"])
