@@ -11,15 +11,26 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from diffpress.calibration.sets import Method
 from diffpress.compress.cache.deepcache import CachePass
+from diffpress.compress.quantize.finetune import FinetunePass
+from diffpress.compress.quantize.modelopt import ModeloptPass
 from diffpress.compress.quantize.post_training import QuantizePass
+from diffpress.compress.quantize.reconstruct import ReconstructPass
+from diffpress.compress.quantize.sensitivity import MixedPrecisionPass
+from diffpress.compress.temporal.maintain import TemporalPass
 from diffpress.compress.temporal.table import TemporalTablePass
 from diffpress.compress.work import Pass
 from diffpress.errors import DiffpressError
 
 PASSES: dict[str, type[Any]] = {
     "quantize": QuantizePass,
+    "reconstruct": ReconstructPass,
+    "temporal": TemporalPass,
     "temporal-table": TemporalTablePass,
+    "finetune": FinetunePass,
+    "mixed-precision": MixedPrecisionPass,
+    "modelopt": ModeloptPass,
     "cache": CachePass,
 }
 
@@ -28,8 +39,9 @@ class CalibrationOptions(BaseModel):
     """How much of the reference pipeline passes get to see."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    method: Method = "uniform"
     prompts: Annotated[int, Field(ge=1)] = 16
-    steps: Annotated[int, Field(ge=1, description="calls recorded per prompt, at a uniform stride")] = 10
+    steps: Annotated[int, Field(ge=1, description="calls recorded per prompt")] = 10
 
 
 class Recipe(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffpress.calibration.capture import Call
+from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 
 SAVE_EVERY = 100  # iterations between two states on disk
@@ -25,6 +28,18 @@ class Group:
     parameters: Mapping[str, Tensor]  # leaves that require gradients; names are unique over all groups
     rate: float
     decays: bool = False
+
+
+def state_file(name: str, settings: object, work: Work, calls: Iterable[Call] = ()) -> Path:
+    """Where pass `name` keeps its state: keyed by what `work.scratch` is not, its settings, the plan so far, data."""
+    state = hashlib.sha256(repr(settings).encode())
+    for path, layer in work.quantization.items():
+        state.update(f"{path} {layer.weight_format} {layer.input_format}".encode())
+        for array in (layer.weight_scale, layer.input_scale, layer.multiplier):
+            state.update(b"-" if array is None else array.tobytes())
+    for call in calls:
+        state.update(call.sample.cpu().contiguous().numpy().tobytes() + repr(call.timestep.tolist()).encode())
+    return work.scratch / f"{name}-{state.hexdigest()[:16]}.safetensors"
 
 
 def descend(

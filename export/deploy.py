@@ -27,9 +27,7 @@ def deployable(layer: LayerQuant) -> LayerQuant:
     if weight not in INPUTS or get(inputs).is_float != get(weight).is_float:
         # Both sides of a product need one arithmetic. INT8 holds every number of INT4, E4M3 those of INT4 and E2M1.
         weight = "e4m3" if get(inputs).is_float else "int8"
-    return replace(
-        layer, weight_format=weight, weight_scale=weight_scale, input_format=inputs, input_scale=input_scale
-    )
+    return replace(layer, weight_format=weight, weight_scale=weight_scale, input_format=inputs, input_scale=input_scale)
 
 
 def exact(layer: LayerQuant) -> bool:

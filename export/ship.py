@@ -16,7 +16,7 @@ from torch import nn
 import diffpress
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.simulate import simulated
-from diffpress.export import components, graphs, parity, qdq, store
+from diffpress.export import components, graphs, layers, parity, qdq, store
 from diffpress.export.deploy import deployable
 from diffpress.export.graphs import GraphSpec
 from diffpress.plan import FULL, Plan
@@ -87,6 +87,8 @@ def ship(
         checks[f"{name}/model.onnx"] = _checked(folder / name / "model.onnx", spec)
     _write_configs(pipeline, folder)
     plan.save(folder / "plan")
+    table = layers.rows(denoiser, plan.quantization)
+    (folder / "plan" / "layers.json").write_text(json.dumps(table, indent=1))
     shapes = {
         feature: list(family.feature_shape(denoiser, branch, *latent[1:])) for feature, branch in features.items()
     }

@@ -129,3 +129,18 @@ def test_a_manifest_with_only_what_must_be_there_is_shown(handmade: Bundle) -> N
 def test_what_is_no_bundle_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DiffpressError, match="is not a bundle"):
         inspection.inspect(tmp_path)
+
+
+def test_layers_are_a_table_and_what_was_simulated_is_said(handmade: Bundle) -> None:
+    row = {"layer": "conv_in", "shape": [32, 4, 3, 3], "format": "int4", "ships_as": "int8", "exact": False}
+    other = {"layer": "to_q", "shape": [32, 32], "format": "int8", "ships_as": "int8", "exact": True, "error": 0.012345}
+    assert inspection.layer_rows(handmade) == []
+    assert inspection.layer_lines([]) == ["this bundle has no table of layers"]
+    (handmade.file("plan") / inspection.LAYERS).write_text(json.dumps([row, other]))
+    seen = inspection.inspect(handmade.path)
+    assert seen["quantization"]["simulated"] == [{"format": "int4", "ships_as": "int8", "layers": 1}]
+    assert "1 layers: no target computes int4, ships as int8" in inspection.as_text(seen)
+    lines = inspection.layer_lines(inspection.layer_rows(handmade))
+    assert lines[0].split() == ["layer", "shape", "format", "ships_as", "exact", "error"]
+    assert lines[1].split() == ["conv_in", "32x4x3x3", "int4", "int8", "no", "-"]
+    assert lines[2].split() == ["to_q", "32x32", "int8", "int8", "yes", "0.01235"]

@@ -11,12 +11,14 @@ from fnmatch import fnmatch
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from diffpress.calibration.statistics import AbsHistogram, observe_channels, observe_inputs, sample_inputs
+from diffpress.calibration.sets import require_steps
+from diffpress.calibration.statistics import (
+    AbsHistogram, observe_channels, observe_inputs, row_of, sample_inputs, unreached,
+)  # fmt: skip
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import (
@@ -110,13 +112,17 @@ class QuantizePass:
         """Find scales from recorded calls and put them into the plan; says how many layers."""
         layers = self._layers(work)
         multipliers = self._multipliers(work, layers)
-        work.quantization.update(quantize_layers(work, self, layers, multipliers))
+        decided = quantize_layers(work, self, layers, multipliers)
+        work.quantization.update(decided)
+        idle = [name for name in layers if name not in decided]
+        layers = {name: module for name, module in layers.items() if name in decided}
         total = sum(parameter.numel() for parameter in work.denoiser.parameters())
         covered = sum(module.weight.numel() for module in layers.values())
         notes = [f"{len(layers)} layers to {self.format} with {covered / total:.0%} of the parameters"]
         notes += [f"ranges by {self.range}"] if FORMATS[self.format][1] else []
         notes += [f"{len(multipliers)} inputs scaled"] if self.scaling != "none" or self.split else []
         notes += [f"scales: {self.scales}"] if self.scales != 1 else []
+        notes += [f"never run, left in float: {', '.join(idle)}"] if idle else []
         skipped = family.unhandled(work.denoiser)
         notes += [f"left in float: {', '.join(skipped)}"] if skipped else []
         return ", ".join(notes)
@@ -185,8 +191,9 @@ def _grid(name: str) -> str:
 def quantize_layers(
     work: Work, options: QuantizePass, layers: Mapping[str, Layer], multipliers: Mapping[str, Tensor] | None = None
 ) -> dict[str, LayerQuant]:
-    """The quantization of each layer by `options`; nothing of `work` changes. `multipliers` are [in] by layer.
+    """The quantization of each layer by `options`, but those that no recorded call reaches; `work` does not change.
 
+    `multipliers` are [in] by layer.
     Raises `DiffpressError` naming the layer whose weight or input cannot be quantized.
     """
     multipliers = multipliers or {}
@@ -194,16 +201,18 @@ def quantize_layers(
     membership = grouped(len(schedule), len(schedule) if options.scales == "step" else int(options.scales))
     seen: Mapping[str, list[AbsHistogram]] = {}
     if FORMATS[options.format][1] is not None:
-        rows = torch.tensor(schedule)
+        require_steps(work.record().rows(), membership, f"quantize with scales: {options.scales}")
+        row = row_of(schedule)
         seen = observe_inputs(
             work.run,
             layers,
             work.record(),
             work.progress,
-            group_of=lambda call: membership[int((rows - call.timestep).abs().argmin())],
+            group_of=lambda call: membership[row(call)],
             groups=membership[-1] + 1,
             multipliers=multipliers,
         )
+        layers = {name: module for name, module in layers.items() if name not in unreached(seen)}
     result = {}
     for name, module in work.progress(layers.items(), "searching ranges"):
         try:

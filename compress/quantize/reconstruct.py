@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diffpress.calibration.capture import Call
+from diffpress.calibration.capture import Call, Recordings
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
 from diffpress.compress.numerics.formats import get
@@ -93,7 +93,7 @@ class ReconstructPass:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         work.denoiser.to(device)
         try:
-            calls = [_mapped(call, lambda value: value.to(device)) for call in calls]
+            calls = [call.to(device) for call in calls]
             for unit in work.progress([unit for unit in units if unit not in done], "reconstructing"):
                 data = capture(unit, calls, state)
                 if data is None:
@@ -185,8 +185,8 @@ class State:
                 parameter.data = kept[name]
 
 
-def chosen_calls(recordings: Any, count: int, seed: int) -> list[Call]:
-    """`count` of the recorded calls, drawn evenly at random, in recorded order."""
+def chosen_calls(recordings: Recordings, count: int, seed: int) -> list[Call]:
+    """`count` of the recorded calls, drawn at random, in recorded order."""
     drawn = torch.randperm(len(recordings), generator=torch.Generator().manual_seed(seed))[:count]
     kept = set(drawn.tolist())
     return [call for index, call in enumerate(recordings) if index in kept]
@@ -478,15 +478,13 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor in its tuples, lists, dicts and dataclasses changed."""
+    """`value` with every tensor in its tuples, lists and dicts changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
         return {key: _mapped(part, change) for key, part in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(_mapped(part, change) for part in value)
-    if isinstance(value, Call):
-        return Call(**_mapped(vars(value), change))
     return value
 
 

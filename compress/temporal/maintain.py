@@ -1,5 +1,4 @@
-"""`temporal`: time features that survive quantization (Huang et al. 2024, TFMQ-DM; its journal version, Temporal Feature
-Matters).
+"""`temporal`: time features that survive quantization (Huang et al. 2024, TFMQ-DM and Temporal Feature Matters).
 
 The temporal information block is the time embedding and every ResBlock's projection of it. Its features depend on the
 timestep alone, so all there is to know of them are the schedule's steps: no recorded data is needed. Its inputs have a
@@ -9,7 +8,6 @@ steps (TIAR), and per ResBlock the quantized projection or a cached table of the
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -73,7 +71,7 @@ class TemporalPass:
             got = quantized_features(unet, timesteps, layers, weights)
             errors = [f"{relative_error(got, exact):.2%} to nearest"]
             if self.method != "round-to-nearest":
-                file = work.scratch / f"temporal-{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}.safetensors"
+                file = training.state_file("temporal", self, work)
                 weights = learn_rounding(
                     unet, timesteps, layers, exact, self.iterations, self.rate, file, work.progress
                 )  # fmt: skip
@@ -84,7 +82,9 @@ class TemporalPass:
                     module.weight.data = weights[name]
             tables: dict[str, Tensor] = {}
             if self.method == "select":
-                tables = nearer_tables(exact, got, {name: stored(rows, self.table_format) for name, rows in exact.items()})
+                tables = nearer_tables(
+                    exact, got, {name: stored(rows, self.table_format) for name, rows in exact.items()}
+                )
                 errors.append(f"{relative_error(got | tables, exact):.2%} as chosen")
         finally:
             unet.to(home)
@@ -97,10 +97,12 @@ class TemporalPass:
         after = sum(_module_bytes(module, layers[name]) for name, module in left.items())
         after += sum(_table_bytes(rows, self.table_format) for rows in tables.values())
         kind = self.weight_format if self.input_format is None else f"{self.weight_format} x {self.input_format}"
+        kept = f"{len(exact) - len(tables)} projections in {kind}"
+        if self.method == "select":
+            kept += f", {len(tables)} tables in {self.table_format or 'float32'}"
         return (
-            f"{len(exact)} time features: {len(exact) - len(tables)} projections in {kind}, {len(tables)} tables in "
-            f"{self.table_format or 'float32'}; error {', '.join(errors)}; {before / 1e3:.1f} kB of float32 weights "
-            f"became {after / 1e3:.1f} kB"
+            f"{len(exact)} time features: {kept}; error {', '.join(errors)}; "
+            f"{before / 1e3:.1f} kB of float32 weights became {after / 1e3:.1f} kB"
         )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffpress
 from diffpress import bundle as bundles
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 
 if TYPE_CHECKING:
-    from diffpress.calibration.capture import Recordings
+    from diffpress.compress.recipe import Recipe
+    from diffpress.compress.work import Work
 
 SHAPES_GUIDANCE = 3.0
 GUIDANCE = 7.5  # diffusers' own default for Stable Diffusion
@@ -40,13 +44,9 @@ def compress(
     require("diffusers", "compress", "compress a model")
     from diffpress.calibration import model as models
     from diffpress.calibration import prompts as prompt_lists
-    from diffpress.calibration.capture import record
-    from diffpress.calibration.schedule import tabulate
     from diffpress.compress import recipe as recipes
-    from diffpress.compress.families import unet as family
     from diffpress.compress.run import run
-    from diffpress.compress.work import Work
-    from diffpress.export import components, ship
+    from diffpress.export import ship
 
     chosen = recipes.load(recipe)
     bundles.refuse_existing(Path(output))
@@ -55,34 +55,15 @@ def compress(
         from diffpress.export import engines
 
         engines.check_targets(targets)
-    if steps is not None and steps < 1:
-        raise DiffpressError(f"steps must be at least 1, not {steps}")
-    progress = _progress(quiet)
-    pipeline = models.load_pipeline(model)
-    family.check(pipeline.unet)
-    parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
-    guidance = chosen.guidance_scale
-    if guidance is None:
-        guidance = SHAPES_GUIDANCE if models.is_shapes(model) else GUIDANCE
-    factor = components.downscale(pipeline.vae)
-    size = pipeline.unet.config.sample_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    sampling = tabulate(pipeline.scheduler, steps or chosen.steps, guidance, rows * factor, columns * factor)
-    fingerprint = models.digest(model)
-
-    @cache
-    def recorded() -> Recordings:
-        texts = (given or _default_prompts(model, chosen.calibration.prompts))[: chosen.calibration.prompts]
-        return record(pipeline, fingerprint, sampling, texts, chosen.calibration.steps, seed, progress)
-
+    work = begin(model, chosen, prompts=given, steps=steps, seed=seed, quiet=quiet)
+    parameters = sum(parameter.numel() for parameter in work.denoiser.parameters())
     with bundles.create(output) as folder:
-        work = Work(pipeline, sampling, seed, recorded, progress)
         results = run(chosen.built(), work)
         entries = {
             "model": {
                 "source": model if models.is_shapes(model) else str(Path(model).name),
-                "class": type(pipeline).__name__,
-                "digest": fingerprint,
+                "class": type(work.pipeline).__name__,
+                "digest": models.digest(model),
                 "parameters": parameters,
             },
             "recipe": recipes.as_json(chosen),
@@ -90,11 +71,60 @@ def compress(
             "passes": [result.__dict__ for result in results],
             "sizes": {"denoiser_reference": 4 * parameters},
         }
-        bundles.write_manifest(folder, ship.ship(pipeline, work.plan(), work.features, folder, entries, progress))
+        manifest = ship.ship(work.pipeline, work.plan(), work.features, folder, entries, work.progress)
+        bundles.write_manifest(folder, manifest)
         made = bundles.read(folder)
         if targets:
             engines.build(made, targets, progress=not quiet)
+    shutil.rmtree(work.scratch, ignore_errors=True)
     return bundles.read(output)
+
+
+def begin(
+    model: str,
+    recipe: Recipe,
+    *,
+    prompts: Sequence[str] | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Work:
+    """Open `model` and bind it to a sampling schedule: what the passes of `recipe` start from.
+
+    Raises `DiffpressError` for a model that is missing, broken or not supported.
+    """
+    from diffpress.calibration import model as models
+    from diffpress.calibration.capture import Execution, Recordings, cache_root, record
+    from diffpress.calibration.schedule import tabulate
+    from diffpress.calibration.sets import CalibrationSet
+    from diffpress.compress import recipe as recipes
+    from diffpress.compress.families import unet as family
+    from diffpress.compress.work import Work
+    from diffpress.export import components
+
+    if steps is not None and steps < 1:
+        raise DiffpressError(f"steps must be at least 1, not {steps}")
+    progress = _progress(quiet)
+    pipeline = models.load_pipeline(model)
+    family.check(pipeline.unet)
+    guidance = recipe.guidance_scale
+    if guidance is None:
+        guidance = SHAPES_GUIDANCE if models.is_shapes(model) else GUIDANCE
+    factor = components.downscale(pipeline.vae)
+    size = pipeline.unet.config.sample_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    sampling = tabulate(pipeline.scheduler, steps or recipe.steps, guidance, rows * factor, columns * factor)
+    fingerprint, options = models.digest(model), recipe.calibration
+    texts = (prompts or _default_prompts(model, options.prompts))[: options.prompts]
+    chosen = CalibrationSet(tuple(texts), options.method, options.steps)
+
+    def recorder(execution: Execution) -> Recordings:
+        return record(pipeline, fingerprint, sampling, chosen, seed, progress, execution)
+
+    # Everything that a pass's unfinished work depends on.
+    key = json.dumps([fingerprint, recipes.as_json(recipe), sampling.to_json(), texts, seed, diffpress.__version__])
+    scratch = cache_root() / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    return Work(pipeline, sampling, seed, recorder, progress, scratch)
 
 
 def build(path: str | Path, targets: Sequence[str], *, quiet: bool = False) -> Bundle:

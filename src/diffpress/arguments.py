@@ -115,6 +115,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     add = made["inspect"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("--layers", action="store_true", help="the denoiser layer by layer: formats, bytes, what was measured")
     add("--json", action="store_true", help="the same as data")
 
     add = made["demo"].add_argument

@@ -228,7 +228,12 @@ def _inspect(options: argparse.Namespace) -> None:
     from diffpress import inspection
 
     seen = inspection.inspect(options.bundle)
-    print(json.dumps(seen, indent=1) if options.json else inspection.as_text(seen))
+    if options.layers:
+        seen["layers"] = inspection.layer_rows(bundle.read(options.bundle))
+    text = inspection.as_text(seen)
+    if options.layers:
+        text = "\n".join(inspection.layer_lines(seen["layers"]))
+    print(json.dumps(seen, indent=1) if options.json else text)
     if found := seen["problems"]:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise errors.DiffpressError(

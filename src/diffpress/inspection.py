@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffpress.errors import DiffpressError
 from diffpress.plan import Plan, Sampling, StepProgram
 
 COPIED = ("diffpress", "created", "versions", "model", "recipe", "seed", "passes", "latent", "text", "features")
+LAYERS = "layers.json"  # in the plan's folder
 MARKS_A_LINE = 50
 LABEL = 14  # columns
 
@@ -52,6 +54,13 @@ def as_text(seen: Mapping[str, Any]) -> str:
     if quantization := seen["quantization"]:
         formats = ", ".join(f"{count} {name}" for name, count in quantization["formats"].items())
         lines += [_row("quantized", f"{quantization['layers']} layers ({formats})" if formats else "nothing")]
+        lines += [
+            _row(
+                "simulated",
+                f"{entry['layers']} layers: no target computes {entry['format']}, ships as {entry['ships_as']}",
+            )
+            for entry in quantization.get("simulated", ())
+        ]
     lines += ["", *_size_lines(seen["sizes"])]
     if seen["measured"]:
         lines += ["", *measured_lines(seen["measured"])]
@@ -125,7 +134,41 @@ def _program(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantization(bundle: Bundle) -> dict[str, Any]:
     layers = Plan.load(bundle.file("plan")).quantization
-    return {"layers": len(layers), "formats": dict(Counter(layer.name for layer in layers.values()))}
+    found: dict[str, Any] = {
+        "layers": len(layers),
+        "formats": dict(Counter(layer.name for layer in layers.values())),
+    }
+    # What no target computes with was simulated, and ships in the nearest format that one has.
+    simulated = Counter((row["format"], row["ships_as"]) for row in layer_rows(bundle) if not row["exact"])
+    if simulated:
+        found["simulated"] = [
+            {"format": format, "ships_as": ships_as, "layers": count} for (format, ships_as), count in simulated.items()
+        ]
+    return found
+
+
+def layer_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    """The table that export wrote: a row per layer of the denoiser; empty in a bundle that has none."""
+    file = bundle.file("plan") / LAYERS
+    return json.loads(file.read_text("utf-8")) if file.is_file() else []
+
+
+def layer_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of layers as text, columns that every row lacks left out."""
+    if not rows:
+        return ["this bundle has no table of layers"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "x".join(map(str, value)) if isinstance(value, list) else _number(value)
 
 
 def _present(bundle: Bundle) -> set[str]:

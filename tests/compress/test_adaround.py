@@ -70,12 +70,9 @@ def test_no_weight_moves_by_more_than_a_step_and_all_stay_on_the_grid(weight: Te
 def test_soft_weight_starts_at_the_weight_and_ends_at_the_hard_one(weight: Tensor, layer: LayerQuant) -> None:
     cells = adaround.cells(weight, layer)
     a = adaround.initial(cells)
-    inside = (
-        fake_quant(weight / cells.multiplier, torch.from_numpy(layer.weight_scale), cells.format) * cells.multiplier
-    )
     ends = cells.place(torch.zeros_like(a)), cells.place(torch.ones_like(a))
     inside = (weight >= ends[0]) & (weight <= ends[1])
-    assert inside.float().mean() > 0.5
+    assert inside.float().mean() > 0.3  # the rest is clipped
     assert torch.allclose(adaround.soft(cells, a)[inside], weight[inside], rtol=1e-4, atol=1e-5)
     settled = torch.where(a >= 0, 12.0, -12.0)
     h = adaround.rectified_sigmoid(settled)

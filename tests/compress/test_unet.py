@@ -28,7 +28,7 @@ def unet(tiny_pipeline: Path) -> Any:
 def work(tiny_pipeline: Path) -> Work:
     pipeline = load_pipeline(str(tiny_pipeline))
     sampling = tabulate_schedule(pipeline.scheduler, 7, 3.0, 32, 32)
-    return Work(pipeline, sampling, 0, lambda: pytest.fail("not recorded here"), lambda items, _: items)
+    return Work(pipeline, sampling, 0, lambda _: pytest.fail("not recorded here"), lambda items, _: items, Path())
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

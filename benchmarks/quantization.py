@@ -1,0 +1,197 @@
+"""Every quantization method on `shapes`: `python -m diffpress.benchmarks.quantization [--quick] --json FILE`.
+
+Each row is a recipe. Its plan is simulated in torch with the rounding that ships (or, where no target has the
+arithmetic, with the rounding that was asked for), and its images are compared with FP32 of the same prompts, seeds,
+scheduler and steps. Goes on where it was stopped: a row in the work folder is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffpress import api
+from diffpress.benchmarks import candidates, machine, prompts, scores
+from diffpress.benchmarks.candidates import Drawn, Reference
+from diffpress.compress.numerics.formats import get
+from diffpress.compress.numerics.simulate import simulated
+from diffpress.compress.recipe import Recipe
+from diffpress.compress.run import run
+from diffpress.compress.work import Work
+from diffpress.export.deploy import deployable, exact
+from diffpress.plan import LayerQuant
+
+KEPT = 16  # images whose latents are compared step by step
+EMPTY = dict.fromkeys(("speedup_vs_eager", "speedup_vs_uncompressed"))
+SIMULATED_4_8 = {"format": "w4a8-simulated", "scales": "step"}
+SIMULATED_4_4 = {"format": "w4a4-simulated", "scales": "step"}
+EVERY_STEP = {"method": "every-step", "prompts": 4}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe to measure: its passes and how it is calibrated. `quick` rows are those of --quick."""
+
+    group: str
+    passes: tuple[Any, ...]
+    calibration: Mapping[str, Any] | None = None
+    quick: bool = False
+
+    def recipe(self, name: str) -> Recipe:
+        """As `diffpress compress` would read it."""
+        entries = {"name": name, "passes": self.passes}
+        return Recipe.model_validate(entries | ({"calibration": self.calibration} if self.calibration else {}))
+
+
+def table() -> dict[str, Row]:
+    """All rows by name, the reference first."""
+    rows = {"fp32": Row("reference", (), quick=True)}
+    for method in ("uniform", "ndtc", "every-step", "single"):
+        rows[f"int8, calibrated {method}"] = Row(
+            "INT8 by calibration set",
+            ({"quantize": {"format": "int8"}},),
+            {"method": method},
+            quick=method == "uniform",
+        )
+    for name in ("max", "percentile", "mse", "entropy"):
+        rows[f"int8, {name} ranges"] = Row("INT8 by range", ({"quantize": {"format": "int8", "range": name}},))
+    more: dict[str, dict[str, Any]] = {
+        "int8, SmoothQuant": {"scaling": "smooth"},
+        "int8, split shortcut": {"split": True},
+        "int8, 3 groups of steps": {"scales": 3},
+        "int8, a scale per step": {"scales": "step"},
+    }
+    for name, fields in more.items():
+        calibration = EVERY_STEP if "scales" in fields else None
+        rows[name] = Row("INT8 refined", ({"quantize": {"format": "int8", **fields}},), calibration)
+    for name, fields in {
+        "fp8": {"format": "fp8"},
+        "float8, searched grids": {"format": "float8-simulated"},
+        "fp4 weights": {"format": "fp4"},
+        "float4 weights, searched grids": {"format": "float4-simulated"},
+        "int4 weights, blocks of 64": {"format": "int4"},
+        "int4 weights, blocks of 128": {"format": "int4", "block": 128},
+        "int4 weights, AWQ": {"format": "int4", "scaling": "awq"},
+    }.items():
+        rows[name] = Row("other formats", ({"quantize": fields},), quick=name in ("fp8", "int4 weights, blocks of 64"))
+    for bits, fields in (("W4A8", SIMULATED_4_8), ("W4A4", SIMULATED_4_4)):
+        plain = {"quantize": {**fields, "scales": 1}}
+        stepped, split = {"quantize": fields}, {"quantize": {**fields, "split": True}}
+        rows[f"{bits} round to nearest"] = Row(bits, (plain,), quick=bits == "W4A8")
+        rows[f"{bits} scales per step"] = Row(bits, (stepped,), EVERY_STEP)
+        rows[f"{bits} Q-Diffusion"] = Row(bits, ({"quantize": {**fields, "scales": 1, "split": True}}, "reconstruct"))
+        rows[f"{bits} Q-Diffusion without split"] = Row(bits, (plain, "reconstruct"))
+        rows[f"{bits} TFMQ-DM"] = Row(bits, (split, "reconstruct", {"temporal": {"method": "reconstruct"}}), EVERY_STEP)
+        rows[f"{bits} Temporal Feature Matters"] = Row(
+            bits, (split, "reconstruct", {"temporal": {"method": "select"}}), EVERY_STEP
+        )
+        rows[f"{bits} QuEST"] = Row(bits, (split, "reconstruct", "temporal-table", "finetune"), EVERY_STEP)
+    for name in ("INT8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "FP8_DEFAULT_CFG", "INT4_AWQ_CFG"):
+        rows[f"modelopt {name}"] = Row("nvidia-modelopt", ({"modelopt": {"config": name}},))
+    return rows
+
+
+def stored_bytes(work: Work) -> int:
+    """Bytes of the denoiser as it ships: weights in their format with their scales, all else in float32."""
+    total = 4 * sum(parameter.numel() for parameter in work.denoiser.parameters())
+    total += 4 * sum(buffer.numel() for buffer in work.denoiser.buffers())
+    for name, layer in work.quantization.items():
+        shipped, count = deployable(layer), work.denoiser.get_submodule(name).weight.numel()
+        scales = sum(array.size for array in (shipped.weight_scale, shipped.input_scale, shipped.multiplier)
+                     if array is not None)  # fmt: skip
+        total += math.ceil(count * get(shipped.weight_format).bits / 8) + 4 * scales - 4 * count
+    return total
+
+
+def deploying(work: Work) -> float | None:
+    """Share of the quantized weights whose layers ship with the very numbers of the plan; None without any."""
+    counts = {name: work.denoiser.get_submodule(name).weight.numel() for name in work.quantization}
+    whole = sum(counts[name] for name, layer in work.quantization.items() if exact(layer))
+    return whole / sum(counts.values()) if counts else None
+
+
+def bits(layers: Mapping[str, LayerQuant]) -> tuple[int, int]:
+    """Most frequent bits of weights and of inputs."""
+    if not layers:
+        return 32, 32
+    inputs = [get(layer.input_format).bits if layer.input_format else 32 for layer in layers.values()]
+    weights = [get(layer.weight_format).bits for layer in layers.values()]
+    return max(set(weights), key=weights.count), max(set(inputs), key=inputs.count)
+
+
+def measure(name: str, row: Row, base: Work, chosen: prompts.Prompts, reference: Drawn | None, judging: Any) -> Any:
+    """The row's entry, and what it drew."""
+    began = time.perf_counter()
+    work = api.begin("shapes", row.recipe(name), steps=base.sampling.steps, quiet=True)
+    run(row.recipe(name).built(), work)
+    seconds = time.perf_counter() - began
+    seeds = list(range(len(chosen.texts)))
+    with simulated(work.denoiser, work.quantization, work.sampling.timesteps):
+        drawn = candidates.draw(Reference(work.pipeline, work.sampling), chosen.texts, seeds, 30, KEPT)
+    content = judging.content(drawn.pixels)
+    bits_w, bits_a = bits(work.quantization)
+    entry: dict[str, Any] = {
+        "name": name,
+        "group": row.group,
+        "bits_w": bits_w,
+        "bits_a": bits_a,
+        "bytes": stored_bytes(work),
+        "params": sum(parameter.numel() for parameter in work.denoiser.parameters()),
+    }
+    compared = {"latent_rel_l2": 0.0, "psnr_db": None, "ssim": 1.0, "latent_rel_l2_per_step": None}
+    if reference is not None:
+        found = scores.distances(drawn, reference)
+        compared = {key: found[key] for key in ("latent_rel_l2", "psnr_db", "ssim")}
+        compared["latent_rel_l2_per_step"] = scores.error_per_step(drawn, reference)
+    entry |= compared | EMPTY
+    entry |= {key: getattr(content, key) for key in ("clip_score", "frechet", "attribute_accuracy")}
+    return entry | {"seconds": seconds, "deploys": deploying(work)}, drawn
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/quantization"), help="measured rows live here")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--quick", action="store_true", help="a few rows on a few images of 20 steps, in 3 minutes")
+    parser.add_argument("--only", nargs="*", help="names of rows to measure, beside fp32")
+    options = parser.parse_args()
+    rows = {name: row for name, row in table().items() if row.quick or not options.quick}
+    if options.only is not None:
+        rows = {name: row for name, row in rows.items() if name == "fp32" or name in options.only}
+    steps, images = (20, 24) if options.quick else (50, options.images)
+    folder = options.work / f"{steps}-{images}"
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = prompts.choose(images, shapes=True)
+    judging = scores.Judging(chosen)
+    base = api.begin("shapes", Recipe(name="fp32", steps=steps))
+    reference: Drawn | None = None
+    entries = []
+    for index, (name, row) in enumerate(rows.items()):
+        file = folder / f"{index:02}.json"
+        if file.exists() and json.loads(file.read_text())["name"] == name and reference is not None:
+            entries.append(json.loads(file.read_text()))
+            continue
+        entry, drawn = measure(name, row, base, chosen, reference, judging)
+        reference = drawn if reference is None else reference
+        file.write_text(json.dumps(entry))
+        entries.append(entry)
+    document = {
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "sampling": {"scheduler": base.sampling.scheduler, "steps": steps, "guidance": base.sampling.guidance_scale},
+        "images": images,
+        "rows": entries,
+    }
+    options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
