@@ -28,6 +28,8 @@ class Work:
     quantization: dict[str, LayerQuant] = field(default_factory=dict)
     temporal: TemporalTable | None = None
     features: dict[str, int] = field(default_factory=dict)  # feature name to its branch in the denoiser
+    originals: dict[str, Tensor] = field(default_factory=dict)  # by parameter path, before the first pass changed it
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # what a pass found, row by row, by its name
     _recorded: tuple[str, Recordings] | None = field(default=None, init=False, repr=False)  # with its execution's key
 
     def __post_init__(self) -> None:

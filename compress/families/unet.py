@@ -136,7 +136,9 @@ def units(unet: Any) -> dict[str, nn.Module]:
 def attention_layers(unet: Any) -> dict[str, nn.Linear]:
     """Module path to the query, key, value and output projections of every attention."""
     ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
-    return {name: module for name, module in unet.named_modules() if name.endswith(ends)}
+    return {
+        name: module for name, module in unet.named_modules() if name.endswith(ends) and isinstance(module, nn.Linear)
+    }
 
 
 def feed_forward_layers(unet: Any) -> dict[str, nn.Linear]:
@@ -153,7 +155,8 @@ def concatenations(unet: Any) -> dict[str, int]:
     result = {}
     for layer in up_layers(unet):
         skip = skips.pop()
-        for module in (layer.resnet.conv1, layer.resnet.conv_shortcut):  # type: ignore[union-attr]
+        resnet: Any = layer.resnet
+        for module in (resnet.conv1, resnet.conv_shortcut):
             if module is not None:
                 result[paths[id(module)]] = module.in_channels - skip
     return result

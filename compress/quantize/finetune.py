@@ -30,7 +30,7 @@ from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import Clock, rounded_weight
-from diffpress.compress.quantize.reconstruct import chosen_calls
+from diffpress.compress.quantize.samples import chosen_calls
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import LayerQuant
@@ -212,7 +212,7 @@ class Student:
         self._originals = {path: value.to(present[path]) for path, value in work.originals.items() if path in present}
         self.values: dict[str, Tensor] = {}  # parameters by path: what learns, and frozen weights as they are rounded
         self.inputs: dict[str, InputScales] = {}
-        trained = {*selection.time, *selection.rest}
+        trained = (*selection.time, *selection.rest)
         for name, layer in work.quantization.items():
             weight = work.denoiser.get_submodule(name).weight.data
             if name not in trained:

@@ -35,6 +35,8 @@ from diffpress.plan import LayerQuant
 
 EPSILON = 2.0**-24  # an amax that counts as none, as in its tensor_quant
 NAMED = 6  # layers that a summary names; all are in the table
+# It would pad each row of a kernel to a block, which takes hundreds of times the weight's memory and gives no format.
+KERNELS = "blocks would lie along the width of kernels"
 NVFP4 = ((2, 1), (4, 3))  # bits of its numbers and of the scales of their blocks
 
 
@@ -69,7 +71,14 @@ class ModeloptPass:
             raise DiffpressError("modelopt: the exclude patterns leave no layer to quantize")
 
     def layers(self, work: Work) -> dict[str, nn.Conv2d | nn.Linear]:
-        """Those it may quantize."""
+        """Those it may quantize; where weights are in blocks, no convolutions."""
+        return {
+            name: module
+            for name, module in self._wanted(work).items()
+            if isinstance(module, nn.Linear) or not in_blocks(configuration(self.config))
+        }
+
+    def _wanted(self, work: Work) -> dict[str, nn.Conv2d | nn.Linear]:
         return {
             name: module
             for name, module in family.quantizable(work.denoiser).items()
@@ -82,9 +91,11 @@ class ModeloptPass:
         """
         layers = self.layers(work)
         found = read(quantized_copy(work, self.config, layers), layers)
+        found.left |= {name: KERNELS for name in self._wanted(work) if name not in layers}
         if not found.layers:
             raise DiffpressError(f"modelopt: a plan can hold nothing of {self.config}: {_told(found.left)}")
         for name, weight in found.weights.items():
+            work.originals.setdefault(f"{name}.weight", layers[name].weight.data)
             layers[name].weight.data = weight
         work.quantization.update(found.layers)
         work.tables["modelopt"] = [{"quantizer": name, "why": why} for name, why in found.left.items()]
@@ -127,9 +138,25 @@ def configuration(name: str) -> dict[str, Any]:
 
 def needs_gpu(settings: Mapping[str, Any]) -> bool:
     """Whether a configuration has arithmetic that only its CUDA kernels do: blocks whose scales are rounded too."""
-    entries = [entry.get("cfg") for entry in settings["quant_cfg"]]
-    each = [cfg for entry in entries for cfg in (entry if isinstance(entry, list) else [entry]) if cfg]
-    return any("scale_bits" in (cfg.get("block_sizes") or {}) for cfg in each)
+    return any("scale_bits" in sizes for sizes in _block_sizes(settings))
+
+
+def in_blocks(settings: Mapping[str, Any]) -> bool:
+    """Whether it gives blocks of a weight their own scales."""
+    return any(_extents(sizes) for sizes in _block_sizes(settings))
+
+
+def _block_sizes(settings: Mapping[str, Any]) -> Iterator[Mapping[Any, Any]]:
+    for entry in settings["quant_cfg"]:
+        cfg = entry.get("cfg") or []
+        yield from (
+            part["block_sizes"] for part in (cfg if isinstance(cfg, list) else [cfg]) if part.get("block_sizes")
+        )
+
+
+def _extents(sizes: Mapping[Any, Any] | None) -> dict[int, int]:
+    """Axis to the width of blocks along it; a width of None there means the whole axis."""
+    return {axis: size for axis, size in (sizes or {}).items() if isinstance(axis, int) and size}
 
 
 def quantized_copy(work: Work, config: str, layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -150,7 +177,9 @@ def quantized_copy(work: Work, config: str, layers: Mapping[str, nn.Module]) -> 
             replay(model, work.program, work.features, call)
 
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):  # it prints
+        # It prints, and warns of every layer that is not quantized or was not run: both are told by `read`.
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
             return _library().quantize(model, settings, calibrate)
     # What it raises for inputs that are not finite, and for shapes that a configuration does not fit.
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -246,9 +275,9 @@ def _weight(module: Any, original: Tensor, multiplier: Tensor | None) -> tuple[s
 def _blocks(quantizer: Any, weight: Tensor, format: Format) -> Tensor:
     """The scale [out] or [out, blocks] of a weight [out, in, ...]."""
     outputs, inputs = weight.shape[:2]
-    sizes = {axis: size for axis, size in (quantizer.block_sizes or {}).items() if isinstance(axis, int) and size}
+    sizes = _extents(quantizer.block_sizes)
     if sizes and weight.ndim > 2:
-        raise _Inexpressible("blocks lie along the width of kernels")
+        raise _Inexpressible(KERNELS)
     width = sizes.get(-1) or sizes.get(1) or inputs
     height = sizes.get(-2) or sizes.get(0) or 1
     if (quantizer.block_sizes or {}).get("scale_bits") is not None:

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from diffpress.calibration.sets import require_steps
 from diffpress.calibration.statistics import (
-    AbsHistogram, observe_channels, observe_inputs, row_of, sample_inputs, unreached,
+    AbsHistogram,
+    observe_channels,
+    observe_inputs,
+    row_of,
+    sample_inputs,
+    unreached,
 )  # fmt: skip
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.formats import get
@@ -243,9 +248,7 @@ def _quantize_layer(
     if input_format is None or seen is None:
         return LayerQuant(scale.numpy(), None, weight_format, None, factors)
     if any(group.counts.sum() == 0 for group in seen):
-        raise DiffpressError(
-            "some steps were never observed: record more (calibration: steps) or use fewer scales"
-        )
+        raise DiffpressError("some steps were never observed: record more (calibration: steps) or use fewer scales")
     whole = AbsHistogram()
     for group in seen:
         whole.merge(group)

@@ -13,8 +13,8 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diffpress.calibration.capture import Call, Recordings
+from diffpress.calibration.capture import Call
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
 from diffpress.compress.numerics.formats import get
-from diffpress.compress.numerics.simulate import Clock, rounded_weight, simulated
+from diffpress.compress.numerics.simulate import rounded_weight, simulated
+from diffpress.compress.quantize.samples import Samples, capture, chosen_calls, hidden_state
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import LayerQuant
@@ -95,7 +96,7 @@ class ReconstructPass:
         try:
             calls = [call.to(device) for call in calls]
             for unit in work.progress([unit for unit in units if unit not in done], "reconstructing"):
-                data = capture(unit, calls, state)
+                data = state.capture(unit, calls)
                 if data is None:
                     state.waiting.difference_update(units[unit])
                     continue
@@ -116,24 +117,6 @@ class ReconstructPass:
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
-    """What a unit was called with on n samples, and what it should answer. Tensors have the sample as first axis."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rows: Tensor  # [n], of the sampling schedule
-    targets: Tensor  # [n, C, H, W]
-
-    def at(self, index: Tensor | slice) -> Samples:
-        """Those samples alone."""
-
-        def pick(value: Tensor) -> Tensor:
-            return value[index] if value.ndim else value
-
-        return Samples(_mapped(self.args, pick), _mapped(self.kwargs, pick), self.rows[index], self.targets[index])
-
-
-@dataclasses.dataclass(frozen=True)
 class Learned:
     """A reconstructed unit: weights on their grid and input scales by module path, and its relative errors."""
 
@@ -143,28 +126,27 @@ class Learned:
     after: float
 
 
-class _Reached(Exception):
-    """The unit was reached: the rest of the network need not run."""
-
-
 class State:
-    """The model under way: which layers still wait for their turn, and the first weights of those that had it."""
+    """The model under way: which layers still wait for their turn."""
 
     def __init__(self, work: Work, waiting: set[str]) -> None:
         self.work = work
         self.waiting = waiting
-        self.originals: dict[str, Tensor] = {}
 
     def install(self, learned: Learned) -> None:
         """Make a unit's result that of the model and of the plan."""
         for name, weight in learned.weights.items():
             parameter = self.work.denoiser.get_submodule(name).weight
-            self.originals[name] = parameter.data
+            self.work.originals.setdefault(f"{name}.weight", parameter.data)
             parameter.data = weight.to(parameter.data)
         for name, scale in learned.input_scales.items():
             layer = self.work.quantization[name]
             self.work.quantization[name] = dataclasses.replace(layer, input_scale=scale)
         self.waiting.difference_update(learned.weights)
+
+    def capture(self, unit: str, calls: Sequence[Call]) -> Samples | None:
+        """The data of `unit`; None when no call runs it."""
+        return capture(self.work, unit, calls, self.quantized_prefix(), self.full_precision())
 
     def quantized_prefix(self) -> Any:
         """Within the block, the denoiser as quantized so far: all layers but those that wait."""
@@ -173,74 +155,17 @@ class State:
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Within the block, the denoiser as it was when the pass began."""
-        parameters = {name: self.work.denoiser.get_submodule(name).weight for name in self.originals}
-        kept = {name: parameter.data for name, parameter in parameters.items()}
+        """Within the block, the denoiser as it was before any pass rounded a weight."""
+        present = dict(self.work.denoiser.named_parameters())  # tables may stand in the place of others
+        parameters = {path: present[path] for path in self.work.originals if path in present}
+        kept = {path: parameter.data for path, parameter in parameters.items()}
         try:
-            for name, parameter in parameters.items():
-                parameter.data = self.originals[name].to(parameter.data)
+            for path, parameter in parameters.items():
+                parameter.data = self.work.originals[path].to(parameter.data)
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = kept[name]
-
-
-def chosen_calls(recordings: Recordings, count: int, seed: int) -> list[Call]:
-    """`count` of the recorded calls, drawn at random, in recorded order."""
-    drawn = torch.randperm(len(recordings), generator=torch.Generator().manual_seed(seed))[:count]
-    kept = set(drawn.tolist())
-    return [call for index, call in enumerate(recordings) if index in kept]
-
-
-@torch.no_grad()
-def capture(name: str, calls: Sequence[Call], state: State) -> Samples | None:
-    """The inputs of unit `name` from the quantized network before it, and its full-precision outputs.
-
-    Calls that do not run the unit (a cached step) are left out; None when no call does. Raises `DiffpressError` for
-    values that are not finite.
-    """
-    unit = state.work.denoiser.get_submodule(name)
-    with state.quantized_prefix():
-        inputs = _until(state.work, calls, lambda keep: unit.register_forward_pre_hook(keep, with_kwargs=True))
-    with state.full_precision():
-        outputs = _until(state.work, calls, lambda keep: unit.register_forward_hook(keep))
-    clock = Clock.of(state.work.sampling.timesteps)
-    rows, counts, given, targets = [], [], [], []
-    for call, entry, output in zip(calls, inputs, outputs, strict=True):
-        if entry is None:
-            continue
-        target = _hidden(output[-1])
-        clock.set(call.timestep)
-        rows += [clock.row] * len(target)
-        counts.append(len(target))
-        given.append(entry)
-        targets.append(target)
-    if not targets:
-        return None
-    args, kwargs = _joined(given, counts)
-    samples = Samples(args, kwargs, torch.tensor(rows, device=targets[0].device), torch.cat(targets))
-    if not bool(samples.targets.isfinite().all()):
-        raise DiffpressError(f"reconstruct: unit {name} answers recorded calls with values that are not finite")
-    return samples
-
-
-def _until(work: Work, calls: Iterable[Call], attach: Callable[[Callable[..., None]], Any]) -> list[Any]:
-    """What the hook that `attach` sets was shown on each call, which ends there; None where it was not reached."""
-    seen: list[Any] = []
-
-    def keep(_: nn.Module, *shown: Any) -> None:
-        seen[-1] = shown
-        raise _Reached
-
-    hook = attach(keep)
-    try:
-        for call in calls:
-            seen.append(None)
-            with suppress(_Reached):
-                work.run(call)
-    finally:
-        hook.remove()
-    return seen
+            for path, parameter in parameters.items():
+                parameter.data = kept[path]
 
 
 def optimise(
@@ -346,7 +271,7 @@ class _Simulation:
     def __call__(self, samples: Samples) -> Tensor:
         self.rows = samples.rows
         weights = {layer.key: layer.weight for layer in self.layers}
-        return _hidden(functional_call(self.unit, weights, samples.args, samples.kwargs))
+        return hidden_state(functional_call(self.unit, weights, samples.args, samples.kwargs))
 
 
 @torch.enable_grad()
@@ -470,34 +395,3 @@ def _summary(done: Mapping[str, Learned], units: Mapping[str, Sequence[str]], le
 
 def _inside(layer: str, unit: str) -> bool:
     return f"{layer}.".startswith(f"{unit}.")
-
-
-def _hidden(output: Any) -> Tensor:
-    """The hidden state of a unit's output: itself, or the first of a tuple or of a diffusers output."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor in its tuples, lists and dicts changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(part, change) for part in value)
-    return value
-
-
-def _joined(parts: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Arguments of several calls as those of one, call i holding counts[i] samples.
-
-    A time feature may be one row for all samples of a call: it is repeated. What is no tensor comes from the first.
-    """
-    first = parts[0]
-    if isinstance(first, Tensor) and first.ndim:
-        return torch.cat([part.expand(n, *part.shape[1:]) for part, n in zip(parts, counts, strict=True)])
-    if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts], counts) for key in first}
-    if isinstance(first, tuple | list):
-        return type(first)(_joined(column, counts) for column in zip(*parts, strict=True))
-    return first

@@ -307,18 +307,16 @@ def choose(
     def after(count: int) -> dict[str, str]:
         return {name: option.name for name, option in moves[:count]}
 
+    def size(count: int) -> float:
+        taken = {name: option.bytes for name, option in moves[:count]}
+        return rest + sum(taken.get(name, layer.bytes) for name, layer in table.items())
+
     if at_most_bytes is not None:
-        size, current = rest + sum(layer.bytes for layer in table.values()), {}
-        count = 0
-        while size > at_most_bytes and count < len(moves):
-            name, option = moves[count]
-            size -= current.get(name, table[name].bytes) - option.bytes
-            current[name] = option.bytes
-            count += 1
-        if size > at_most_bytes:
+        count = next((count for count in range(len(moves) + 1) if size(count) <= at_most_bytes), -1)
+        if count < 0:
             raise DiffpressError(
-                f"a budget of {at_most_bytes:.0f} bytes cannot be met: the smallest choice takes {size:.0f}; add a "
-                "smaller format to 'candidates' or allow more"
+                f"a budget of {at_most_bytes:.0f} bytes cannot be met: the smallest choice takes "
+                f"{size(len(moves)):.0f}; add a smaller format to 'candidates' or allow more"
             )
         if loss is not None and (lost := loss(after(count))) > at_most_loss:
             raise DiffpressError(
@@ -400,6 +398,8 @@ class MixedPrecisionPass:
                 )
         if not self.candidates and not work.quantization:
             raise DiffpressError("mixed-precision: name formats as candidates, or put 'quantize' before it")
+        if any(f"{name}.weight" in work.originals for name in modules):
+            raise DiffpressError("mixed-precision: passes that change weights, such as 'reconstruct', come after it")
         if self.target is not None and FLOAT not in self.target.rates:
             raise DiffpressError("mixed-precision: the target's rates need one of 'float' to compare with")
         scored = [name for name in self.budget.losses() if name != "latent"]

@@ -172,7 +172,7 @@ class Plan:
             "temporal": None if self.temporal is None else {"timesteps": list(self.temporal.timesteps)},
         }
         (folder / "plan.json").write_text(json.dumps(document, indent=1))
-        np.savez(folder / "tensors.npz", **tensors)  # type: ignore[arg-type]
+        np.savez(folder / "tensors.npz", **tensors)
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -182,7 +182,13 @@ class Plan:
             with np.load(folder / "tensors.npz", allow_pickle=False) as file:
                 tensors = dict(file)
             quantization = {
-                name: LayerQuant(**{field: tensors.get(f"{field}/{name}") for field in _ARRAYS}, **entry)
+                name: LayerQuant(
+                    tensors[f"weight_scale/{name}"],
+                    tensors.get(f"input_scale/{name}"),
+                    entry["weight_format"],
+                    entry["input_format"],
+                    tensors.get(f"multiplier/{name}"),
+                )
                 for name, entry in document["quantization"].items()
             }
             temporal = None

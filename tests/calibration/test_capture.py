@@ -71,9 +71,9 @@ def test_every_stored_pair_of_every_set_replays_the_reference(pipeline: Any) -> 
 
 def test_a_scheduler_that_scales_its_input_is_replayed_too(pipeline: Any) -> None:
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="linspace")
-    recordings = recorded(pipeline, steps=4)
+    recordings = recorded(pipeline, steps=5)
     assert any(float(call.timestep) % 1 for call in recordings)  # fractions, as this scheduler has
-    assert_replays(pipeline, recordings, reference(pipeline, steps=4))
+    assert_replays(pipeline, recordings, reference(pipeline, steps=5))
 
 
 def test_the_second_run_reads_and_what_matters_is_recorded_again(

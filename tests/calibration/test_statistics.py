@@ -185,8 +185,8 @@ def test_sampled_rows_are_rows_and_bounded(network: Network, calls: list[Call]) 
     ("size", "fields"),
     [
         (9, {"kernel_size": 3, "padding": 1}),
-        (9, {"kernel_size": 3, "padding": 1, "stride": 2}),
-        (20, {"kernel_size": (3, 5), "padding": (0, 2), "stride": (3, 1), "dilation": (2, 1)}),
+        (20, {"kernel_size": 3, "padding": 1, "stride": 2}),
+        (30, {"kernel_size": (3, 5), "padding": (0, 2), "stride": (3, 1), "dilation": (2, 1)}),
         (9, {"kernel_size": 1}),
         (9, {"kernel_size": 3, "padding": "same", "padding_mode": "circular"}),
         (2, {"kernel_size": 3, "padding": 1}),

@@ -104,7 +104,7 @@ def test_nothing_leaks_from_one_image_to_the_next(pipeline: Any) -> None:
         image(pipeline, PROMPTS[0], steps=2)
         assert torch.equal(image(pipeline, PROMPTS[1]), alone)  # after a short one
         text = torch.zeros(2, 4, 32)
-        first = torch.tensor(pipeline.scheduler.timesteps[0])
+        first = pipeline.scheduler.timesteps[0]
         stand_in(torch.zeros(2, 4, 8, 8), first, text)
         stand_in.reset()
         assert torch.equal(image(pipeline, PROMPTS[1]), alone)  # after one broken off at its first step

@@ -208,14 +208,14 @@ def test_inputs_come_from_the_quantized_prefix_and_targets_from_full_precision(n
     task = pass_of(iterations=3)
     units = task.learned(work)
     state = reconstruct.State(work, {name for inside in units.values() for name in inside})
-    first = reconstruct.capture(RESNET, recorded(), state)
+    first = state.capture(RESNET, recorded())
     assert first is not None
     quantized = {name: layer for name, layer in work.quantization.items() if name in units[RESNET]}
     result = reconstruct.optimise(
         RESNET, work.denoiser.get_submodule(RESNET), quantized, units[RESNET], first, task, seed=0
     )
     state.install(result)
-    second = reconstruct.capture(TRANSFORMER, recorded(), state)
+    second = state.capture(TRANSFORMER, recorded())
     assert second is not None
     assert torch.allclose(second.targets, outputs(exact, TRANSFORMER, quantized=False), atol=1e-6)
     learned = {name: work.quantization[name] for name in units[RESNET]}
@@ -238,10 +238,10 @@ def test_calls_that_skip_a_unit_are_left_out(network: Work, tmp_path: Path) -> N
     cached = [replace(call, variant="cached", features={"kept": feature}) for call in recorded()[3:]]
     state = reconstruct.State(work, set(work.quantization))
     for unit, count in ((RESNET, 6), ("up_blocks.1.resnets.1", 16)):
-        data = reconstruct.capture(unit, recorded()[:3] + cached, state)
+        data = state.capture(unit, recorded()[:3] + cached)
         assert data is not None
         assert len(data.targets) == len(data.rows) == len(data.args[0]) == len(data.args[1]) == count
-    assert reconstruct.capture(RESNET, cached, state) is None
+    assert state.capture(RESNET, cached) is None
     work.recorder = lambda _: cached  # type: ignore[assignment,return-value]
     with pytest.raises(DiffpressError, match="no recorded call"):
         pass_of().apply(work)

@@ -65,19 +65,26 @@ def shared_unet() -> Any:
         ).requires_grad_(False)
 
 
+class Recorded(list[Call]):
+    """Recordings in memory, of every second call."""
+
+    def rows(self) -> set[int]:
+        return set(range(0, STEPS, 2))
+
+
 @pytest.fixture
 def work(shared_unet: Any, tmp_path: Path) -> Work:
     """Two recorded prompts with two calls each; weights are put back by every test that changes them."""
     sampling = tabulate(scheduler(), STEPS, GUIDANCE, 64, 64)
     generator = torch.Generator().manual_seed(1)
-    calls = []
+    calls = Recorded()
     for _ in range(2):
         text = torch.randn(2, 5, 32, generator=generator)
         for timestep in sampling.timesteps[::2]:
             sample = torch.randn(1, 4, 8, 8, generator=generator).repeat(2, 1, 1, 1)
             calls.append(Call(sample, torch.tensor([timestep]), text))
     made = Work(SimpleNamespace(unet=shared_unet), sampling, 0, lambda _: calls, lambda items, _: items, tmp_path)  # type: ignore[arg-type,return-value]
-    made.tables, made.scorer = {}, None
+    made.scorer = None
     return made
 
 
@@ -203,8 +210,9 @@ def test_budgets_are_respected_and_more_bytes_never_cost_more_error() -> None:
         choose(layers, 0.2 * whole)
 
 
-def test_every_prefix_is_the_best_choice_for_its_bytes() -> None:
-    layers = table(6, seed=3)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_prefix_is_the_best_choice_for_its_bytes(seed: int) -> None:
+    layers = table(5, seed)
     every = [
         {name: format for name, format in zip(layers, formats, strict=True) if format}
         for formats in itertools.product(("", "int8", "int4 weights"), repeat=len(layers))
@@ -358,6 +366,12 @@ def test_a_target_without_gain_keeps_everything_in_float(work: Work) -> None:
     rows = [row for row in work.tables["sensitivity"] if row["why"].startswith("estimated")]
     assert rows
     assert all(row["float_ms"] > 0 and row["latency_ms"] == row["float_ms"] for row in rows)
+
+
+def test_weights_that_a_pass_has_changed_are_refused(work: Work) -> None:
+    work.originals[f"{NAMES[0]}.weight"] = work.denoiser.get_submodule(NAMES[0]).weight.data
+    with pytest.raises(DiffpressError, match="come after it"):
+        MixedPrecisionPass(candidates=("int8",)).requires(work)
 
 
 @pytest.mark.parametrize(

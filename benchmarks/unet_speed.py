@@ -1,0 +1,163 @@
+"""One call of a U-Net of Stable Diffusion 1.5's size, FP32 against INT8: `python -m diffpress.benchmarks.unet_speed`.
+
+The weights are random, so nothing is said about quality; the arithmetic and the sizes are the real ones. All graphs
+take turns in one process. Beside them stand the ceilings of this machine: large matrix products in int8, bf16 and fp32.
+Needs about 12 GB of memory and 8 GB of disk; the graphs stay in the work folder and are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpress.benchmarks import machine
+from diffpress.benchmarks.latency import alternate, paired_ratio, summary
+from diffpress.calibration.capture import Call
+from diffpress.calibration.statistics import observe_inputs
+from diffpress.compress.families import unet as family
+from diffpress.compress.numerics.formats import get
+from diffpress.compress.numerics.ranges import weight_scale
+from diffpress.export import graphs, qdq, store
+from diffpress.export.graphs import GraphSpec
+from diffpress.plan import LayerQuant
+from diffpress.runtime.backends import open_session
+
+SIDE, TOKENS, WIDTH = 64, 77, 768
+CEILING = 2048  # rows, columns and depth of the products that measure the machine
+# backend, precision of what is not quantized
+RUNS = {
+    "openvino fp32": ("fp32", "openvino", "fp32"),
+    "openvino bf16": ("fp32", "openvino", "bf16"),
+    "openvino int8": ("int8", "openvino", "fp32"),
+    "openvino int8, rest bf16": ("int8", "openvino", "bf16"),
+    "onnxruntime fp32": ("fp32", "onnxruntime", "fp32"),
+    "onnxruntime int8": ("int8", "onnxruntime", "fp32"),
+}
+
+
+def build() -> Any:
+    """Stable Diffusion 1.5's U-Net with random weights: 859.5 M parameters."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(sample_size=SIDE, cross_attention_dim=WIDTH)  # its other defaults are 1.5's
+    return unet.eval().requires_grad_(False)
+
+
+def inputs(batch: int) -> dict[str, Tensor]:
+    """Noise, a timestep in the middle, random text states."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(batch, 4, SIDE, SIDE, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(batch, TOKENS, WIDTH, generator=generator),
+    }
+
+
+def quantization(unet: Any, feeds: dict[str, Tensor]) -> dict[str, LayerQuant]:
+    """INT8 for every layer that `quantize` would take, ranges by their maxima over one call."""
+    layers = family.quantizable(unet)
+    call = Call(feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"])
+
+    def run(one: Call) -> Any:
+        return unet(one.sample, one.timestep, encoder_hidden_states=one.text)
+
+    seen = observe_inputs(run, layers, [call], lambda items, _: items)
+    int8 = get("int8")
+    return {
+        name: LayerQuant(
+            weight_scale(module.weight, int8, "max").numpy(), np.array([seen[name][0].amax / 127], np.float32)
+        )
+        for name, module in layers.items()
+    }
+
+
+def make(folder: Path) -> None:
+    """Write fp32/model.onnx and int8/model.onnx where they are not there yet."""
+    missing = [name for name in ("fp32", "int8") if not (folder / name / "done").exists()]
+    if not missing:
+        return
+    unet = build()
+    feeds = inputs(1)
+    plan = quantization(unet, feeds) if "int8" in missing else {}
+    with graphs.plain_attention(unet):
+        for name in missing:
+            spec = GraphSpec(family.UNetGraph(unet), inputs(2), ("out_sample",))
+            model = graphs.to_onnx(spec)
+            if name == "int8":
+                qdq.insert(model, plan)
+            graphs.finish(model)
+            store.save({"model.onnx": model}, folder / name)
+            (folder / name / "done").touch()
+
+
+def ceilings() -> dict[str, Callable[[int], object]]:
+    """Large square matrix products by precision."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(CEILING, CEILING, generator=generator)
+    b = torch.randn(CEILING, CEILING, generator=generator)
+    integers = [(x * 20).clamp(-127, 127).to(torch.int8) for x in (a, b)]
+    halves = [x.bfloat16() for x in (a, b)]
+    return {
+        "int8": lambda _: torch._int_mm(*integers),
+        "bf16": lambda _: halves[0] @ halves[1],
+        "fp32": lambda _: a @ b,
+    }
+
+
+def measure(folder: Path, rounds: int, wanted: list[str]) -> dict[str, Any]:
+    """Times of all runs, their ratios, and the ceilings in operations per second."""
+    feeds = {name: value.numpy() for name, value in inputs(1).items()}
+    calls: dict[str, Callable[[int], object]] = {}
+    for name in wanted:
+        graph, backend, precision = RUNS[name]
+        session = open_session(folder / graph / "model.onnx", backend, precision)
+        calls[name] = lambda _, session=session: session.run(feeds)  # type: ignore[misc]
+    times = alternate(calls, rounds)
+    products = alternate(ceilings(), rounds)
+    references = {"openvino": ("openvino fp32", "openvino bf16"), "onnxruntime": ("onnxruntime fp32",)}
+    rows = []
+    for name, values in times.items():
+        row: dict[str, Any] = {"name": name, **summary(values)}
+        for reference in references[RUNS[name][1]]:
+            if reference in times and reference != name:
+                row[f"speedup_vs_{reference.split()[1]}"] = paired_ratio(times[reference], values)
+        rows.append(row)
+    operations = 2 * CEILING**3
+    return {
+        "rows": rows,
+        "ceilings_tera_operations_per_s": {
+            name: operations / (float(np.median(values)) / 1000) / 1e12 for name, values in products.items()
+        },
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/unet"), help="graphs live here")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS), help="runs to time")
+    options = parser.parse_args()
+    make(options.work)
+    document = {
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "model": "UNet2DConditionModel of Stable Diffusion 1.5's size, random weights, 64x64 latents, batch 1",
+        "parameters": 859_520_964,
+        **measure(options.work, options.rounds, options.only),
+    }
+    options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
