@@ -14,7 +14,7 @@ from diffpress.errors import DiffpressError
 if TYPE_CHECKING:
     from diffpress.calibration.capture import Recordings
 
-SHAPES_GUIDANCE = 3.0
+SHAPES_GUIDANCE = 2.0
 GUIDANCE = 7.5  # diffusers' own default for Stable Diffusion
 
 
