@@ -51,7 +51,7 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None  # None: 3.0 for shapes, 7.5 elsewhere
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None  # None: 2.0 for shapes, 7.5 elsewhere
     calibration: CalibrationOptions = CalibrationOptions()
     passes: tuple[str | dict[str, Any], ...] = ()
 

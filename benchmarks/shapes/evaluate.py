@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from diffpress.api import SHAPES_GUIDANCE
 from diffpress.benchmarks import quality
 from diffpress.benchmarks.pictures import Labelled, grid
 from diffpress.benchmarks.shapes import PIPELINE, scenes
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=PIPELINE.parent, help="committed weights or a training's work")
     parser.add_argument("--images", type=int, default=510, help="held-out captions to draw")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=SHAPES_GUIDANCE)
     parser.add_argument("--batch", type=int, default=30, help="images drawn together")
     parser.add_argument("--seed", type=int, default=0, help="of the first image's noise")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")

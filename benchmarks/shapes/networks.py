@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from diffpress.benchmarks.shapes import models, scenes
 from diffpress.benchmarks.shapes.judge import pixels_to_tensor
@@ -65,10 +66,14 @@ def _training_state(work: Path) -> Networks:
             return None
         network = make()
         tensors = {key[8:]: value for key, value in load_file(file).items() if key.startswith("average.")}
-        network.load_state_dict(tensors, strict=False)  # the average has no integer buffers
+        missing = network.load_state_dict(tensors, strict=False).missing_keys
+        # The average has no integer buffers; anything else means that the state is of another network.
+        if any(network.state_dict()[key].is_floating_point() for key in missing):
+            raise DiffpressError(f"{file} holds the state of another network: train that stage again")
         return network.eval()
 
-    clip = averaged("clip", lambda: models.make_clip(tokenizer))
+    towers = averaged("clip", lambda: nn.ModuleDict({"clip": models.make_clip(tokenizer)}))  # beside training's heads
+    clip = towers["clip"] if towers is not None else None
     vae = averaged("vae", models.make_vae)
     unet = averaged("unet", models.make_unet)
     reader = averaged("reader", models.Reader)

@@ -1,6 +1,6 @@
 """Trains `shapes` from a seed: `python -m diffpress.benchmarks.shapes.train --work runs/shapes`.
 
-Stages, in order: clip, vae, unet, decoder, reader, assemble. Each keeps its state in the work folder (safetensors), so
+Stages, in order: clip, vae, unet, reader, assemble. Each keeps its state in the work folder (safetensors), so
 the command may be stopped at any time and goes on where it was; `--stage` runs one alone. The pictures an iteration
 sees depend on the seed and the iteration only. Hours on two CPU cores, minutes on a GPU.
 """
@@ -25,8 +25,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from diffpress.benchmarks.shapes import CLIP, PIPELINE, READER, models, scenes
 
-ITEMS = 40_000
-ITERATIONS = {"clip": 1000, "vae": 1500, "unet": 7200, "decoder": 800, "reader": 2400}
+ITEMS, READER_ITEMS = 40_000, 30_000
+ITERATIONS = {"clip": 1000, "vae": 5000, "unet": 13_500, "reader": 2400}
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1  # teaches the unconditional half of classifier-free guidance
 
@@ -74,7 +74,7 @@ def train(
         start = json.loads(progress_file.read_text())["iteration"]
         _restore(state_file, model, average, optimizer)
     live = [model.state_dict()[key] for key in average]  # shares memory with the parameters
-    warm = min(200, iterations // 10)
+    warm = max(1, min(200, iterations // 10))
     model.train()
     smooth = math.nan
     bar = tqdm(range(start, iterations), initial=start, total=iterations, desc=name, mininterval=5)
@@ -103,23 +103,27 @@ def train(
 
 
 class Data:
-    """The training items, drawn once and kept in the work folder: uint8 images [N, 64, 64, 3] and captions."""
+    """The training items, drawn once and kept in the work folder: uint8 images [N, 64, 64, 3], captions, labels [N]."""
 
     def __init__(self, work: Path, items: int, seed: int, held_out: bool | None = False) -> None:
         name = f"data-{items}-{seed}-{held_out}"
         file, words = work / f"{name}.npy", work / f"{name}.json"
         if not words.exists():
             images = np.lib.format.open_memmap(file, "w+", np.uint8, (items, scenes.SIZE, scenes.SIZE, 3))
-            captions = []
-            for index, (_, text, image) in enumerate(
+            truths, captions = [], []
+            for index, (scene, text, image) in enumerate(
                 tqdm(scenes.dataset(items, seed, held_out), total=items, desc="drawing", mininterval=5)
             ):
                 images[index] = image
+                truths.append(scene)
                 captions.append(text)
             images.flush()
-            words.write_text(json.dumps(captions))
+            labels = {head: values.tolist() for head, values in models.reader_labels(truths).items()}
+            words.write_text(json.dumps({"captions": captions, "labels": labels}))
         self.images: np.ndarray = np.load(file, mmap_mode="r")
-        self.captions: list[str] = json.loads(words.read_text())
+        stored = json.loads(words.read_text())
+        self.captions: list[str] = stored["captions"]
+        self.labels = {head: torch.tensor(values) for head, values in stored["labels"].items()}
 
     def batch(self, rows: Tensor, device: torch.device) -> Tensor:
         """Images [N, 3, 64, 64] in -1..1."""
@@ -134,62 +138,57 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def train_clip(work: Path, data: Data, tokenizer: CLIPTokenizer, device: torch.device) -> CLIPModel:
-    """Contrastive training; every batch holds each scene beside its near miss, so order and binding must be read."""
+    """Contrastive training; every batch holds each scene beside its near miss, so order and binding must be read.
+
+    The text tower is causal: the words of the first object cannot know the relation that follows them, and what stands
+    where would stay deep inside the last state. Linear heads that name it, dropped afterwards, bring it to the surface.
+    """
     torch.manual_seed(0)
-    model = models.make_clip(tokenizer).to(device)
+    clip = models.make_clip(tokenizer)
+    heads = nn.ModuleDict(
+        {name: nn.Linear(models.TEXT_WIDTH, len(names)) for name, names in models.Reader.HEADS.items()}
+    )
+    model = nn.ModuleDict({"clip": clip, "heads": heads}).to(device)
     ids = token_ids(tokenizer, data.captions)
 
     def loss_of(_: int, generator: torch.Generator) -> Tensor:
         pairs = torch.randperm(len(data.captions) // 2, generator=generator)[:96]
         rows = torch.cat([2 * pairs, 2 * pairs + 1])
-        return model(input_ids=ids[rows].to(device), pixel_values=data.batch(rows, device), return_loss=True).loss
+        output = clip(input_ids=ids[rows].to(device), pixel_values=data.batch(rows, device), return_loss=True)
+        state = output.text_model_output.pooler_output  # transformers leaves it projected here: linear all the same
+        named = [F.cross_entropy(head(state), data.labels[name][rows].to(device)) for name, head in heads.items()]
+        return output.loss + torch.stack(named).sum()
 
     train("clip", model, loss_of, work, ITERATIONS["clip"], 1e-3)
-    return model
+    return clip
+
+
+def _difference(decoded: Tensor, images: Tensor) -> Tensor:
+    """Absolute and squared error; differences of neighbours count like pixels, because edges are what makes a shape."""
+    difference = decoded - images
+    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+    return difference.abs().mean() + 2 * difference.square().mean() + edges
 
 
 def train_vae(work: Path, data: Data, device: torch.device) -> AutoencoderKL:
-    """Reconstruction (absolute and squared error) with a light KL term; sets the latent scale afterwards."""
+    """Reconstruction (`_difference`) with a light KL term; sets the latent scale afterwards."""
     torch.manual_seed(1)
     model = models.make_vae().to(device)
 
     def loss_of(_: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(data.captions), (32,), generator=generator)
+        rows = torch.randint(len(data.captions), (16,), generator=generator)
         images = data.batch(rows, device)
         posterior = model.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = model.decode(posterior.mean + posterior.std * noise).sample
-        difference = decoded - images
-        return difference.abs().mean() + 2 * difference.square().mean() + 1e-5 * posterior.kl().mean() / 1024
+        return _difference(decoded, images) + 1e-5 * posterior.kl().mean() / 1024
 
     train("vae", model, loss_of, work, ITERATIONS["vae"], 2e-3)
     with torch.no_grad():
-        latents = model.encode(data.batch(torch.arange(512), device)).latent_dist.mean
+        rows = torch.arange(min(512, len(data.captions)))
+        latents = model.encode(data.batch(rows, device)).latent_dist.mean
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return model
-
-
-def train_decoder(work: Path, data: Data, vae: AutoencoderKL, device: torch.device) -> None:
-    """Sharpens the decoder of `vae`, in place, on the frozen encoder's latents; the U-Net does not notice.
-
-    Differences of neighbouring pixels count as much as pixels, because edges are what makes a shape.
-    """
-    torch.manual_seed(4)
-    decoder = nn.ModuleDict({"convolution": vae.post_quant_conv, "decoder": vae.decoder})
-
-    def loss_of(_: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(data.captions), (32,), generator=generator)
-        images = data.batch(rows, device)
-        with torch.no_grad():
-            latents = vae.encode(images).latent_dist.mean
-            # A sampler's latents are not exactly the encoder's.
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            latents = latents + 0.02 / vae.config.scaling_factor * noise
-        difference = vae.decode(latents).sample - images
-        edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
-        return difference.abs().mean() + 2 * difference.square().mean() + edges
-
-    train("decoder", decoder, loss_of, work, ITERATIONS["decoder"], 1e-3)
 
 
 @torch.no_grad()
@@ -227,26 +226,26 @@ def train_unet(
         dropped = torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT
         text[dropped] = empty.float()
         noise = torch.randn(clean.shape, generator=generator)
-        steps = torch.randint(1000, (len(rows),), generator=generator)
+        # One timestep from each of 32 strata (Kingma et al. 2021, appendix I.1), denser where the scene is decided
+        # (density ~ sqrt(t)) than among the last traces of noise.
+        uniform = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
+        steps = (1000 * uniform ** (2 / 3)).long().clamp(max=999)
         noisy = scheduler.add_noise(clean, noise, steps)
         target = scheduler.get_velocity(clean, noise, steps).to(device)
         return F.mse_loss(model(noisy.to(device), steps.to(device), text.to(device)).sample, target)
 
-    train("unet", model, loss_of, work, ITERATIONS["unet"], 6e-4)
+    train("unet", model, loss_of, work, ITERATIONS["unet"], 8e-4)
     return model.to(memory_format=torch.contiguous_format)
 
 
 def train_reader(work: Path, device: torch.device) -> models.Reader:
     """The judge sees every combination, held out or not: it measures, it does not generate."""
     torch.manual_seed(3)
-    items = 30_000
-    data = Data(work, items, seed=11, held_out=None)
-    # Drawing is replayed for its truths, so that the random stream is the same.
-    labels = models.reader_labels([scene for scene, _, _ in scenes.dataset(items, seed=11, held_out=None)])
+    data = Data(work, READER_ITEMS, seed=11, held_out=None)
     model = models.Reader().to(device)
 
     def loss_of(_: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(items, (96,), generator=generator)
+        rows = torch.randint(len(data.captions), (96,), generator=generator)
         images = data.batch(rows, device)
         # What a VAE and a sampler leave behind must not confuse it: slight blur and noise on half of the pictures.
         soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), "reflect"), 3, 1)
@@ -255,7 +254,7 @@ def train_reader(work: Path, device: torch.device) -> models.Reader:
             device
         )
         logits = model(images)
-        return torch.stack([F.cross_entropy(logits[k], labels[k][rows].to(device)) for k in logits]).sum()
+        return torch.stack([F.cross_entropy(logits[k], data.labels[k][rows].to(device)) for k in logits]).sum()
 
     train("reader", model, loss_of, work, ITERATIONS["reader"], 2e-3)
     return model
@@ -288,7 +287,7 @@ def main() -> None:
     """Command line of the training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"), help="state and data live here")
-    stages = ["clip", "vae", "unet", "decoder", "reader", "assemble"]
+    stages = ["clip", "vae", "unet", "reader", "assemble"]
     parser.add_argument("--stage", choices=stages, help="run this one alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
@@ -298,31 +297,23 @@ def main() -> None:
     work, device = options.work, torch.device(options.device)
     work.mkdir(parents=True, exist_ok=True)
     stage = options.stage
-    tokenizer = models.make_tokenizer(work / "tokenizer")
+    # Made once: its trainer breaks ties between pieces of words by chance. Whole words have the same ids every time.
+    folder = work / "tokenizer"
+    made = (folder / "tokenizer.json").exists()
+    tokenizer = CLIPTokenizer.from_pretrained(folder) if made else models.make_tokenizer(folder)
     data = Data(work, ITEMS, seed=0)
-    if stage in (None, "reader"):
-        reader = train_reader(work, device)
-        if stage:
-            return
+    # A finished stage only restores its weights.
     if stage == "clip":
         train_clip(work, data, tokenizer, device)
-        return
-    if stage == "vae":
+    elif stage == "vae":
         train_vae(work, data, device)
-        return
-    # A finished stage only restores its weights.
-    clip = train_clip(work, data, tokenizer, device)
-    vae = train_vae(work, data, device)
-    if stage == "decoder":
-        train_decoder(work, data, vae, device)
-        return
-    unet = train_unet(work, data, tokenizer, clip, vae, device)
-    if stage == "unet":
-        return
-    train_decoder(work, data, vae, device)
-    if stage == "assemble":
-        reader = train_reader(work, device)
-    assemble(tokenizer, clip, vae, unet, reader)
+    elif stage == "reader":
+        train_reader(work, device)
+    else:
+        clip, vae = train_clip(work, data, tokenizer, device), train_vae(work, data, device)
+        unet = train_unet(work, data, tokenizer, clip, vae, device)
+        if stage != "unet":
+            assemble(tokenizer, clip, vae, unet, train_reader(work, device))
 
 
 if __name__ == "__main__":

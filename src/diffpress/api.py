@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffpress.compress.recipe import Recipe
     from diffpress.compress.work import Work
 
-SHAPES_GUIDANCE = 3.0
+SHAPES_GUIDANCE = 2.0
 GUIDANCE = 7.5  # diffusers' own default for Stable Diffusion
 
 

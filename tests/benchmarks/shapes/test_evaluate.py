@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffpress.api import SHAPES_GUIDANCE
 from diffpress.benchmarks.shapes import evaluate, models, scenes
 from diffpress.benchmarks.shapes.networks import open_networks
 from diffpress.errors import DiffpressError
@@ -18,7 +19,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work folder of a training that has just begun."""
     folder = tmp_path_factory.mktemp("work")
     tokenizer = models.make_tokenizer(folder / "tokenizer")
-    makers = {"clip": lambda: models.make_clip(tokenizer), "vae": models.make_vae, "unet": models.make_unet}
+    # The CLIP is trained beside heads that are dropped afterwards.
+    makers = {
+        "clip": lambda: torch.nn.ModuleDict({"clip": models.make_clip(tokenizer)}),
+        "vae": models.make_vae,
+        "unet": models.make_unet,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, make in {**makers, "reader": models.Reader}.items():
@@ -43,7 +49,7 @@ def test_a_training_that_still_runs_can_be_evaluated(work: Path, tmp_path: Path)
     assert evaluate.main([*settings, "--json", str(numbers), "--grid", str(picture)]) == 0
     found: dict[str, Any] = json.loads(numbers.read_text())
     assert found["reader"]["renders"] == 24 and found["clip"]["chance"] == 1 / 8
-    assert found["vae"]["psnr_db"] > 0 and found["sampling"]["guidance_scale"] == 3.0
+    assert found["vae"]["psnr_db"] > 0 and found["sampling"]["guidance_scale"] == SHAPES_GUIDANCE
     generated = found["generated"]
     assert (generated["one_object"]["images"], generated["two_objects"]["images"]) == (3, 4)
     assert {"right", "shuffled_captions", "chance"} <= generated["all"].keys()
