@@ -128,7 +128,11 @@ def _write(folder: Path) -> None:
     )
     variants = {FULL: Variant(writes=("feature_0",)), "cached": Variant(reads=("feature_0",))}
     program = StepProgram((FULL, "cached", "cached") * 2, variants)
-    layers = {name: LayerQuant(np.full(CHANNELS, 0.01, np.float32), np.array([0.02], np.float32)) for name in ("conv_in", "to_q")}
+
+    def layer() -> LayerQuant:
+        return LayerQuant(np.full(CHANNELS, 0.01, np.float32), np.array([0.02], np.float32))
+
+    layers = {"conv_in": layer(), "to_q": layer()}
     Plan(sampling, program, layers).save(folder / "plan")
     bundle.write_manifest(
         folder,

@@ -17,6 +17,7 @@ from diffpress.compress.numerics.formats import FORMATS, Format, fake_quant
 from diffpress.errors import DiffpressError
 
 CANDIDATES = 80  # ranges tried by the search, each a hundredth of amax smaller
+CHUNK = 1 << 16  # numbers searched at once: they stay in the processor's cache
 PERCENTILE = 0.9999
 POWERS = {"mse": 2.0, "l2.4": 2.4}
 WEIGHT_RANGES = ("max", "mse", "l2.4")
@@ -43,14 +44,22 @@ def weight_scale(weight: Tensor, format: Format, method: str = "l2.4", block: in
     full = torch.where(amax > 0, amax / format.largest, 1.0)
     if method == "max":
         return full[:, 0] if block is None else full
-    flat, best = rows.flatten(0, 1), full.flatten()
-    best_error = torch.full_like(best, torch.inf)
+    flat, ends = rows.flatten(0, 1), full.flatten()
+    at_once = max(1, CHUNK // flat.shape[1])
+    parts = zip(flat.split(at_once), ends.split(at_once), strict=True)
+    best = torch.cat([_shrunk(part, end, format, POWERS[method]) for part, end in parts])
+    return best if block is None else best.reshape(full.shape)
+
+
+def _shrunk(rows: Tensor, full: Tensor, format: Format, power: float) -> Tensor:
+    """Of the scales [R] from `full` down, those with the least mean |x - Q(x)|^power of each row [R, N]."""
+    best, best_error = full, torch.full_like(full, torch.inf)
     for index in range(CANDIDATES):
-        scale = full.flatten() * (1 - 0.01 * index)
-        error = (flat - fake_quant(flat, scale, format)).abs().pow(POWERS[method]).mean(dim=1)
+        scale = full * (1 - 0.01 * index)
+        error = (rows - fake_quant(rows, scale, format)).abs().pow(power).mean(dim=1)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-    return best if block is None else best.reshape(full.shape)
+    return best
 
 
 def input_scale(counts: Tensor, centres: Tensor, amax: float, format: Format, method: str = "l2.4") -> float:

@@ -12,7 +12,7 @@ from diffpress.calibration.model import load_pipeline
 from diffpress.calibration.schedule import tabulate as tabulate_schedule
 from diffpress.compress.cache.deepcache import CACHED, CachePass, interval_program
 from diffpress.compress.families import unet as family
-from diffpress.compress.quantize.int8 import QuantizePass
+from diffpress.compress.quantize.post_training import QuantizePass
 from diffpress.compress.temporal.table import TemporalTablePass, install, tabulate
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
