@@ -8,13 +8,17 @@ scheduler and steps. Goes on where it was stopped: a row in the work folder is n
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from diffpress import api
 from diffpress.benchmarks import candidates, machine, prompts, scores
@@ -70,15 +74,16 @@ def table() -> dict[str, Row]:
     for name, fields in more.items():
         calibration = EVERY_STEP if "scales" in fields else None
         rows[name] = Row("INT8 refined", ({"quantize": {"format": "int8", **fields}},), calibration)
-    for name, fields in {
+    more = {
         "fp8": {"format": "fp8"},
         "float8, searched grids": {"format": "float8-simulated"},
-        "fp4 weights": {"format": "fp4"},
+        "fp4 weights, fp8 inputs": {"format": "fp4"},
         "float4 weights, searched grids": {"format": "float4-simulated"},
         "int4 weights, blocks of 64": {"format": "int4"},
         "int4 weights, blocks of 128": {"format": "int4", "block": 128},
         "int4 weights, AWQ": {"format": "int4", "scaling": "awq"},
-    }.items():
+    }
+    for name, fields in more.items():
         rows[name] = Row("other formats", ({"quantize": fields},), quick=name in ("fp8", "int4 weights, blocks of 64"))
     for bits, fields in (("W4A8", SIMULATED_4_8), ("W4A4", SIMULATED_4_4)):
         plain = {"quantize": {**fields, "scales": 1}}
@@ -125,11 +130,20 @@ def bits(layers: Mapping[str, LayerQuant]) -> tuple[int, int]:
     return max(set(weights), key=weights.count), max(set(inputs), key=inputs.count)
 
 
-def measure(name: str, row: Row, base: Work, chosen: prompts.Prompts, reference: Drawn | None, judging: Any) -> Any:
-    """The row's entry, and what it drew."""
+def measure(
+    name: str,
+    row: Row,
+    base: Work,
+    chosen: prompts.Prompts,
+    reference: Drawn | None,
+    judging: scores.Judging,
+    scratch: Path,
+) -> tuple[dict[str, Any], Drawn]:
+    """The row's entry, and what it drew. `scratch` is where passes keep unfinished work."""
     began = time.perf_counter()
     work = api.begin("shapes", row.recipe(name), steps=base.sampling.steps, quiet=True)
-    run(row.recipe(name).built(), work)
+    work.scratch = scratch  # shared: rows that begin alike learn the same units
+    passes = run(row.recipe(name).built(), work)
     seconds = time.perf_counter() - began
     seeds = list(range(len(chosen.texts)))
     with simulated(work.denoiser, work.quantization, work.sampling.timesteps):
@@ -144,14 +158,23 @@ def measure(name: str, row: Row, base: Work, chosen: prompts.Prompts, reference:
         "bytes": stored_bytes(work),
         "params": sum(parameter.numel() for parameter in work.denoiser.parameters()),
     }
-    compared = {"latent_rel_l2": 0.0, "psnr_db": None, "ssim": 1.0, "latent_rel_l2_per_step": None}
+    compared: dict[str, Any] = {"latent_rel_l2": 0.0, "psnr_db": None, "ssim": 1.0, "latent_rel_l2_per_step": None}
     if reference is not None:
         found = scores.distances(drawn, reference)
         compared = {key: found[key] for key in ("latent_rel_l2", "psnr_db", "ssim")}
         compared["latent_rel_l2_per_step"] = scores.error_per_step(drawn, reference)
     entry |= compared | EMPTY
     entry |= {key: getattr(content, key) for key in ("clip_score", "frechet", "attribute_accuracy")}
-    return entry | {"seconds": seconds, "deploys": deploying(work)}, drawn
+    notes = [f"{result.name}: {result.summary}" for result in passes]
+    return entry | {"seconds": seconds, "deploys": deploying(work), "passes": notes}, drawn
+
+
+def _stored(file: Path) -> Drawn | None:
+    """What an earlier run drew as the reference."""
+    if not file.exists():
+        return None
+    with np.load(file) as arrays:
+        return Drawn(**{field.name: arrays[field.name] for field in dataclasses.fields(Drawn)})
 
 
 def main() -> None:
@@ -159,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/quantization"), help="measured rows live here")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="a few rows on a few images of 20 steps, in 3 minutes")
     parser.add_argument("--only", nargs="*", help="names of rows to measure, beside fp32")
     options = parser.parse_args()
@@ -172,17 +195,17 @@ def main() -> None:
     chosen = prompts.choose(images, shapes=True)
     judging = scores.Judging(chosen)
     base = api.begin("shapes", Recipe(name="fp32", steps=steps))
-    reference: Drawn | None = None
+    reference = _stored(folder / "fp32.npz")
     entries = []
-    for index, (name, row) in enumerate(rows.items()):
-        file = folder / f"{index:02}.json"
-        if file.exists() and json.loads(file.read_text())["name"] == name and reference is not None:
-            entries.append(json.loads(file.read_text()))
-            continue
-        entry, drawn = measure(name, row, base, chosen, reference, judging)
-        reference = drawn if reference is None else reference
-        file.write_text(json.dumps(entry))
-        entries.append(entry)
+    for name, row in rows.items():
+        file = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+        if not file.exists() or reference is None:
+            entry, drawn = measure(name, row, base, chosen, reference, judging, folder / "unfinished")
+            if reference is None:
+                reference = drawn
+                np.savez(folder / "fp32.npz", **dataclasses.asdict(drawn))
+            file.write_text(json.dumps(entry))
+        entries.append(json.loads(file.read_text()))
     document = {
         "machine": machine.machine(),
         "versions": machine.versions(),

@@ -67,10 +67,10 @@ class FinetunePass:
         unet = work.denoiser
         time, rest = time_projections(unet), self._rest(work)
         own = family.time_layers(unet)
-        scaled = [name for name, layer in work.quantization.items() if layer.input_scale is not None]
-        scaled = [name for name in scaled if name in own or self.layers != "time"]
+        scales = {name: layer.input_scale for name, layer in work.quantization.items() if layer.input_scale is not None}
+        scaled = {name: scale for name, scale in scales.items() if name in own or self.layers != "time"}
         total = sum(parameter.numel() for parameter in unet.parameters())
-        spent = sum(len(np.unique(work.quantization[name].input_scale)) for name in scaled)
+        spent = sum(len(np.unique(scale)) for scale in scaled.values())
         if spent > self.share * total:
             raise DiffpressError(f"finetune: {spent} input scales are more than {self.share:.0%} of {total} parameters")
         kept: list[str] = []
@@ -84,7 +84,7 @@ class FinetunePass:
         if not kept and not scaled:
             raise DiffpressError(f"finetune: {self.share:.1%} of the parameters does not hold one layer")
         parts = [name for name in time if name in kept], [name for name in rest if name in kept]
-        return Selection(*parts, scaled, left_out=len(time) + len(rest) - len(kept), share=spent / total)
+        return Selection(*parts, list(scaled), left_out=len(time) + len(rest) - len(kept), share=spent / total)
 
     def _rest(self, work: Work) -> list[str]:
         """The quantized attention and feed-forward layers that `layers` asks for, in forward order."""

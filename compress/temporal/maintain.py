@@ -166,7 +166,7 @@ def quantized_features(
     hooks = [unet.get_submodule(name).register_forward_pre_hook(rounds(layer)) for name, layer in layers.items()]
     try:
         replaced = {f"unet.{name}.weight": weight for name, weight in weights.items()}
-        return functional_call(_Features(unet), replaced, (timesteps,))  # type: ignore[no-any-return]
+        return functional_call(_Features(unet), replaced, (timesteps,))
     finally:
         for hook in hooks:
             hook.remove()

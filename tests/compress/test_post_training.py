@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from diffpress import api
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.formats import get
-from diffpress.compress.numerics.simulate import simulated
+from diffpress.compress.numerics.simulate import rounded_input, simulated
 from diffpress.compress.quantize.post_training import FORMATS, QuantizePass
 from diffpress.compress.recipe import CalibrationOptions, Recipe
 from diffpress.compress.work import Work
@@ -71,13 +71,42 @@ def test_int4_weights_have_blocks_and_float_inputs(work: Work) -> None:
     assert coarse.weight_format == "int8" and coarse.weight_scale.ndim == 1
 
 
+@torch.no_grad()
+def inputs_of(work: Work, name: str) -> list[torch.Tensor]:
+    """What layer `name` is given on each recorded call."""
+    seen: list[torch.Tensor] = []
+    hook = work.denoiser.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for call in work.record():
+        work.run(call)
+    hook.remove()
+    return seen
+
+
+def test_range_max_takes_the_largest_value_seen_and_l24_may_cut_it(work: Work) -> None:
+    name = "down_blocks.0.resnets.0.conv1"
+    weight = work.denoiser.get_submodule(name).weight
+    applied(work, range="max", weight_range="max", exclude=("mid_block.*",))
+    kept = work.quantization[name]
+    assert kept.input_scale == pytest.approx(max(float(x.abs().max()) for x in inputs_of(work, name)) / 127)
+    assert kept.weight_scale == pytest.approx(weight.abs().amax(dim=(1, 2, 3)).detach().numpy() / 127)
+    assert not any(path.startswith("mid_block") for path in work.quantization)
+    applied(work)
+    assert work.quantization[name].input_scale <= kept.input_scale  # type: ignore[operator]
+
+
 def test_steps_and_groups_have_their_scales_and_err_less(work: Work) -> None:
-    one = "w4a4-simulated"
-    applied(work, format=one)
-    plain = error(work)
-    applied(work, format=one, scales="step")
+    one, name = "w4a4-simulated", "mid_block.resnets.0.conv1"
+    given = inputs_of(work, name)
+
+    def away() -> float:
+        layer = work.quantization[name]
+        return sum(float((rounded_input(x, layer, row) - x).square().sum()) for row, x in enumerate(given))
+
+    applied(work, format=one, range="mse")
+    plain = away()
+    applied(work, format=one, range="mse", scales="step")
     assert all(len(layer.input_scale) == STEPS for layer in work.quantization.values())  # type: ignore[arg-type]
-    assert error(work) < plain
+    assert away() < plain
     applied(work, format=one, scales=2)
     scales = work.quantization["mid_block.resnets.0.conv1"].input_scale
     assert scales is not None

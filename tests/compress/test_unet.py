@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffpress.calibration.capture import Call
 from diffpress.calibration.model import load_pipeline
 from diffpress.calibration.schedule import tabulate as tabulate_schedule
 from diffpress.compress.cache.deepcache import CACHED, CachePass, interval_program
 from diffpress.compress.families import unet as family
-from diffpress.compress.quantize.post_training import QuantizePass
 from diffpress.compress.temporal.table import TemporalTablePass, install, tabulate
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
@@ -101,32 +99,6 @@ def test_cache_pass_plans_and_refuses(work: Work) -> None:
     assert work.features == {"up_1": 1}
     with pytest.raises(DiffpressError, match="keep one"):
         CachePass().requires(work)
-
-
-def test_quantize_refuses_patterns_that_match_nothing_or_all(work: Work) -> None:
-    with pytest.raises(DiffpressError, match="matches no layer"):
-        QuantizePass(exclude=("encoder.*",)).requires(work)
-    with pytest.raises(DiffpressError, match="no layer to quantize"):
-        QuantizePass(exclude=("*",)).requires(work)
-
-
-def test_quantize_by_max_takes_the_largest_value_seen_and_l24_may_cut_it(work: Work) -> None:
-    sample, timestep, text = inputs()
-    work.record = lambda: [Call(sample, timestep, text)]  # type: ignore[assignment,return-value]
-    seen: dict[str, float] = {}
-    layer = work.denoiser.get_submodule("down_blocks.0.resnets.0.conv1")
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.update(amax=float(args[0].abs().max())))
-    with torch.no_grad():
-        work.denoiser(sample, timestep, encoder_hidden_states=text)
-    hook.remove()
-    QuantizePass(range="max", exclude=("mid_block.*",)).apply(work)
-    kept = work.quantization["down_blocks.0.resnets.0.conv1"]
-    assert kept.input_scale == pytest.approx(seen["amax"] / 127)
-    assert kept.weight_scale == pytest.approx(layer.weight.abs().amax(dim=(1, 2, 3)).numpy() / 127)
-    assert not any(name.startswith("mid_block") for name in work.quantization)
-    QuantizePass().apply(work)
-    assert work.quantization["down_blocks.0.resnets.0.conv1"].input_scale <= kept.input_scale
-    assert len(work.quantization) == len(family.quantizable(work.denoiser))
 
 
 def test_temporal_pass_records_the_schedule(work: Work) -> None:
