@@ -132,12 +132,101 @@ def shapes_claims() -> str:
     return "\n".join(lines)
 
 
+def quantization() -> str:
+    """Every quantization method on `shapes`, from results/quantization.json."""
+    data = json.loads((RESULTS / "quantization.json").read_text("utf-8"))
+    lines = [
+        "| | bits | denoiser | latent error | PSNR | SSIM | CLIP | Fréchet | attributes | calibration | deploys |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    group = ""
+    for row in data["rows"]:
+        if row["group"] != group:
+            group = row["group"]
+            lines.append(f"| **{group}** |" + " |" * 10)
+        cells = [
+            row["name"],
+            f"W{row['bits_w']}A{row['bits_a']}",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            _cell(row["latent_rel_l2"], ".3f"),
+            _cell(row["psnr_db"], ".1f"),
+            _cell(row["ssim"], ".3f"),
+            _cell(row["clip_score"], ".2f"),
+            _cell(row["frechet"], ".2f"),
+            _cell(row["attribute_accuracy"], ".1%"),
+            f"{row['seconds']:.0f} s",
+            _cell(row["deploys"], ".0%"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    sampling = data["sampling"]
+    lines += [
+        "",
+        f"{data['images']} images of held-out captions, {sampling['steps']} steps of {sampling['scheduler']}, guidance "
+        f"{sampling['guidance']:g}; {data['machine']['processor']}, {data['machine']['cores']} cores.",
+    ]
+    return "\n".join(lines)
+
+
+def quantization_claims() -> str:
+    """What quantization was asked to reach on `shapes`, and what it reached."""
+    rows = {row["name"]: row for row in json.loads((RESULTS / "quantization.json").read_text("utf-8"))["rows"]}
+    made: list[tuple[str, str, str, bool]] = []
+
+    def points(name: str) -> float:
+        return 100.0 * float(rows[name]["attribute_accuracy"] - rows["fp32"]["attribute_accuracy"])
+
+    def error(name: str) -> float:
+        return float(rows[name]["latent_rel_l2"])
+
+    for name in ("int8, a scale per step", "fp8", "int4 weights, AWQ"):
+        made.append((f"{name}: attributes", "at most 1 point lower", f"{points(name):+.1f}", points(name) >= -1))
+    four_eight = [row for row in rows.values() if row["group"] == "W4A8"]
+    best = str(min(four_eight, key=lambda row: row["latent_rel_l2"])["name"])
+    share = error(best) / error("W4A8 round to nearest")
+    made.append((f"{best}: attributes", "at most 2 points lower", f"{points(best):+.1f}", points(best) >= -2))
+    made.append((f"{best}: latent error of round to nearest", "at most 50 %", f"{share:.0%}", share <= 0.5))
+    whole = float(rows["fp32"]["attribute_accuracy"])
+    for name, asked in (("W4A4 QuEST", "at least 70 %"), ("W4A4 round to nearest", "less than 70 %")):
+        kept = float(rows[name]["attribute_accuracy"]) / whole
+        made.append((f"{name}: attributes of FP32's", asked, f"{kept:.0%}", (kept >= 0.7) == ("least" in asked)))
+    pairs = {
+        "modelopt INT8_DEFAULT_CFG": [row for row in rows if row.startswith("int8")],
+        "modelopt INT8_SMOOTHQUANT_CFG": [row for row in rows if row.startswith("int8")],
+        "modelopt FP8_DEFAULT_CFG": ["fp8", "fp8, a scale per step"],
+        "modelopt INT4_AWQ_CFG": [row for row in rows if row.startswith("int4")],
+    }
+    for peer, own in pairs.items():
+        ours = min((name for name in own if name in rows), key=error)
+        ahead = error(ours) <= error(peer)
+        made.append((f"{ours}: latent error against {peer}", "lower", f"{error(ours):.3f} : {error(peer):.3f}", ahead))
+    lines = ["| on `shapes`, simulated | asked | reached | |", "|---|---|--:|---|"]
+    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
+    return "\n".join(lines)
+
+
+def unet_speed() -> str:
+    """One call of a U-Net of Stable Diffusion 1.5's size, from results/unet_speed.json."""
+    data = json.loads((RESULTS / "unet_speed.json").read_text("utf-8"))
+    keys = ("speedup_vs_fp32", "speedup_vs_bf16")
+    lines = ["| | vs FP32 | vs BF16 |", "|---|--:|--:|"]
+    for row in data["rows"]:
+        cells = [_cell(row.get(key), ".2f") + ("x" if row.get(key) else "") for key in keys]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    tops = ", ".join(f"{name} {value:.2f}" for name, value in data["ceilings_tera_operations_per_s"].items())
+    machine = data["machine"]
+    lines += ["", f"Ceilings by large matrix products, 10^12 operations a second: {tops}; {machine['processor']}."]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "demo": demo,
     "presets": presets,
+    "quantization": quantization,
+    "quantization_claims": quantization_claims,
     "shapes": shapes,
     "shapes_claims": shapes_claims,
+    "unet_speed": unet_speed,
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *RECIPES)

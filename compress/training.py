@@ -30,7 +30,7 @@ class Group:
     decays: bool = False
 
 
-def state_file(name: str, settings: object, work: Work, calls: Iterable[Call] = ()) -> Path:
+def state_folder(name: str, settings: object, work: Work, calls: Iterable[Call] = ()) -> Path:
     """Where pass `name` keeps its state: keyed by what `work.scratch` is not, its settings, the plan so far, data."""
     state = hashlib.sha256(repr(settings).encode())
     for path, layer in work.quantization.items():
@@ -39,7 +39,12 @@ def state_file(name: str, settings: object, work: Work, calls: Iterable[Call] = 
             state.update(b"-" if array is None else array.tobytes())
     for call in calls:
         state.update(call.sample.cpu().contiguous().numpy().tobytes() + repr(call.timestep.tolist()).encode())
-    return work.scratch / f"{name}-{state.hexdigest()[:16]}.safetensors"
+    return work.scratch / f"{name}-{state.hexdigest()[:16]}"
+
+
+def state_file(name: str, settings: object, work: Work, calls: Iterable[Call] = ()) -> Path:
+    """The same for a pass with one state."""
+    return state_folder(name, settings, work, calls).with_suffix(".safetensors")
 
 
 def descend(

@@ -10,7 +10,6 @@ TFMQ-DM, Section 4.1).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from diffpress.compress.numerics import adaround
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import rounded_weight, simulated
 from diffpress.compress.quantize.samples import Samples, capture, chosen_calls, hidden_state
+from diffpress.compress.training import state_folder
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import LayerQuant
@@ -85,7 +85,7 @@ class ReconstructPass:
         """Learn every unit, or read what an interrupted run has learned; says by how much the units' error fell."""
         units = self.learned(work)
         calls = chosen_calls(work.record(), self.calls, work.seed)
-        folder = work.scratch / f"reconstruct-{_digest(self, work, calls)}"
+        folder = state_folder("reconstruct", self, work, calls)
         state = State(work, {name for inside in units.values() for name in inside})
         done = {unit: load(file) for unit in units if (file := folder / f"{unit}.safetensors").is_file()}
         for result in done.values():
@@ -363,18 +363,6 @@ def load(file: Path) -> Learned:
         parts[kind][name] = tensor
     scales = {name: tensor.numpy() for name, tensor in parts["input_scale"].items()}
     return Learned(parts["weight"], scales, before, after)
-
-
-def _digest(settings: ReconstructPass, work: Work, calls: Sequence[Call]) -> str:
-    """Of all that the result depends on beyond the key of `work.scratch`: options, plan so far, data."""
-    state = hashlib.sha256(repr(settings).encode())
-    for name, layer in work.quantization.items():
-        state.update(f"{name} {layer.weight_format} {layer.input_format}".encode())
-        for array in (layer.weight_scale, layer.input_scale, layer.multiplier):
-            state.update(b"-" if array is None else array.tobytes())
-    for call in calls:
-        state.update(call.sample.cpu().contiguous().numpy().tobytes() + repr(call.timestep.tolist()).encode())
-    return state.hexdigest()[:16]
 
 
 def _summary(done: Mapping[str, Learned], units: Mapping[str, Sequence[str]], leftover: Sequence[str]) -> str:
