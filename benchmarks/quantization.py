@@ -33,9 +33,9 @@ from diffpress.plan import LayerQuant
 
 KEPT = 16  # images whose latents are compared step by step
 EMPTY = dict.fromkeys(("speedup_vs_eager", "speedup_vs_uncompressed"))
-EVERY_STEP = {"method": "every-step", "prompts": 4}
+EVERY_STEP = {"method": "every-step", "prompts": 12}  # of 4, ranges fit the prompts too well
 # Iterations of a unit and of finetuning: enough for a small model on two cores, a tenth and less of the papers'.
-RECONSTRUCT = {"reconstruct": {"iterations": 400, "scale_iterations": 100}}
+RECONSTRUCT = {"reconstruct": {"iterations": 400, "scale_iterations": 100, "calls": 128}}
 FINETUNE = {"finetune": {"iterations": 400}}
 CONVOLUTIONS = ("*.conv*", "*.proj_in", "*.proj_out", "*samplers*")
 
@@ -100,6 +100,10 @@ def _four_bits(bits: str, format: str) -> dict[str, Row]:
     learned = (stepped, RECONSTRUCT)
     chains: dict[str, tuple[tuple[Any, ...], Mapping[str, Any] | None]] = {
         "round to nearest": ((nearest,), None),
+        "round to nearest, every layer": (
+            (_quantize(format, range="max", weight_range="max", keep_eight_bits=()), _temporal("round-to-nearest")),
+            None,
+        ),
         "searched ranges": ((_quantize(format),), None),
         "Q-Diffusion without split": ((_quantize(format), RECONSTRUCT), None),
         "Q-Diffusion": ((_quantize(format, split=True), RECONSTRUCT), None),
