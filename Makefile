@@ -5,7 +5,7 @@
 # The first interpreter that runs and is new enough; PYTHON=... on the command line chooses another.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := compress,cpu,tensorrt-rtx,dev
+EXTRAS := compress,cpu,tensorrt-rtx,modelopt,dev
 BIN := .venv/bin
 STAMP := .venv/.installed
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffpress.calibration.model import state_digest
+from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.calibration.sets import CalibrationSet
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, Sampling
@@ -113,18 +114,22 @@ def record(
 
     The key is everything they depend on: model and the denoiser's weights as they are now, prompts, calls, schedule,
     guidance, seed, execution. Prompt i starts from seed + i. An interrupted run goes on with the prompts it lacks.
+    Runs on the GPU where there is one; the processes of `accelerate launch` share the prompts out.
     """
     schedule = {name: value for name, value in sampling.to_json().items() if name != "terms"}
     horizon = float(pipeline.scheduler.config.num_train_timesteps)
     chosen = calibration.calls(sampling.timesteps, horizon, seed)
-    state = [model_digest, state_digest(pipeline.unet), str(pipeline.unet.device.type), torch.__version__]
-    key = json.dumps([*state, calibration.prompts, chosen, schedule, seed, execution.key])
-    folder = cache_root() / "calibration" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [index for index in range(len(chosen)) if not _file(folder, index).exists()]
-    for index in progress(missing, "recording") if missing else ():
-        calls = _run(pipeline, sampling, calibration.prompts[index], seed + index, chosen[index], execution)
-        _write(calls, _file(folder, index))
+    with on_fastest_device(pipeline):
+        state = [model_digest, state_digest(pipeline.unet), str(pipeline.unet.device.type), torch.__version__]
+        key = json.dumps([*state, calibration.prompts, chosen, schedule, seed, execution.key])
+        folder = cache_root() / "calibration" / hashlib.sha256(key.encode()).hexdigest()[:24]
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def make(index: int) -> None:
+            calls = _run(pipeline, sampling, calibration.prompts[index], seed + index, chosen[index], execution)
+            _write(calls, _file(folder, index))
+
+        make_missing(range(len(chosen)), lambda index: not _file(folder, index).exists(), make, progress, "recording")
     return Recordings(folder, chosen)
 
 

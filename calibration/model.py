@@ -87,6 +87,16 @@ def _check_tokenizer(pipeline: Any, model: str) -> None:
         )
 
 
+def _check_finite(pipeline: Any, model: str) -> None:
+    for name in ("unet", "vae", "text_encoder"):
+        for path, parameter in getattr(pipeline, name).named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise DiffpressError(
+                    f"model {model} has values that are not finite (NaN or infinite) in {name}'s {path}: "
+                    "load its weights anew or take another checkpoint"
+                )
+
+
 def load_pipeline(model: str) -> Any:
     """The pipeline in float32 on the CPU, in evaluation mode, without safety checker and progress bar.
 
@@ -111,6 +121,7 @@ def load_pipeline(model: str) -> Any:
         reason = lines[0] if lines else type(error).__name__
         raise DiffpressError(f"model {model} could not be loaded, check that it is whole: {reason}") from error
     _check_tokenizer(pipeline, model)
+    _check_finite(pipeline, model)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         # A checkpoint stored in half precision must not stay there: the reference is float32.

@@ -245,7 +245,8 @@ def _replay(
             if not bool(inputs[0].isfinite().all()):
                 timestep = float(current[-1].timestep.flatten()[0])
                 raise DiffpressError(
-                    f"layer {name} gets an input that is not finite (NaN or infinite) at timestep {timestep:g}"
+                    f"layer {name} gets an input that is not finite (NaN or infinite) at timestep {timestep:g}: "
+                    "the model overflows by itself there, take another checkpoint or scheduler"
                 )
             reached.add(name)
             take(name, inputs[0], current[-1])

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from diffpress.calibration.sets import Method
 from diffpress.compress.cache.deepcache import CachePass
 from diffpress.compress.quantize.finetune import FinetunePass
+from diffpress.compress.quantize.mixed_precision import MixedPrecisionPass
 from diffpress.compress.quantize.modelopt import ModeloptPass
 from diffpress.compress.quantize.post_training import QuantizePass
 from diffpress.compress.quantize.reconstruct import ReconstructPass
-from diffpress.compress.quantize.sensitivity import MixedPrecisionPass
 from diffpress.compress.temporal.maintain import TemporalPass
 from diffpress.compress.temporal.table import TemporalTablePass
 from diffpress.compress.work import Pass

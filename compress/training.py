@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def _save(file: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimi
         tensors |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
     tensors["done"] = torch.tensor(done)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
     partial.replace(file)
 

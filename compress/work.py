@@ -24,6 +24,7 @@ class Work:
     recorder: Callable[[Execution], Recordings]  # runs the pipeline, or reads what an earlier run stored
     progress: Callable[[Iterable[Any], str], Iterable[Any]]
     scratch: Path  # where long passes keep what they have done, so that an interrupted run goes on
+    scorer: Callable[[str], float] | None = None  # "accuracy" in points or "clip": of what the pipeline draws now
     program: StepProgram = field(init=False)
     quantization: dict[str, LayerQuant] = field(default_factory=dict)
     temporal: TemporalTable | None = None

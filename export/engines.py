@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,14 @@ from tqdm import tqdm
 import diffpress
 from diffpress.bundle import Bundle, load, update
 from diffpress.errors import DiffpressError
+from diffpress.export import turing
 
 LIBRARIES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}  # module -> package, the preferred one first
 OTHERS = ("text_encoder", "vae_decoder")  # the components beside the denoiser that a run needs
 BATCH = {True: (1, 2, 2), False: (1, 1, 1)}  # min, opt, max; the denoiser sees both halves of guidance at once
 NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 NAMES |= {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT4: "int4"}
+LEAST = {"int4": 80, "fp8": 89}  # the oldest compute capability, times ten, that has the type
 
 Profile = dict[str, dict[str, list[int]]]  # input -> "min", "opt", "max" -> shape
 
@@ -46,6 +48,7 @@ class _Graph:
     file: str  # relative to the bundle
     denoiser: bool
     precision: str
+    types: frozenset[str]  # that it computes with or stores, of `NAMES`
     digests: Mapping[str, str]  # file -> sha256, of the graph and its external data
 
 
@@ -54,12 +57,14 @@ def build(bundle: Bundle, targets: Sequence[str], progress: bool = True) -> Bund
 
     Existing engines of a target are replaced together, those of other targets stay. The bundle changes at the end, at
     once: an error or Ctrl-C leaves it as it was. Raises `DiffpressError` for an unknown target before any work, and for
-    a graph the library refuses, naming the node.
+    a type that one lacks, and for a graph the library refuses, naming the node.
     """
     check_targets(targets)
     targets = list(dict.fromkeys(targets))
     bundle = load(bundle.path)  # its digests go into the sidecars, so they must be true
     graphs = _graphs(bundle)
+    for graph in graphs:
+        check_types(graph.types, targets, str(bundle.file(graph.file)))
     prefix = f".{bundle.path.name}."
     staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=".engines", dir=bundle.path.resolve().parent))
     try:
@@ -84,6 +89,17 @@ def check_targets(targets: Sequence[str]) -> None:
         asked = f"target '{unknown[0]}'" if unknown else "an empty list of targets"
         choice = ", ".join(supported) or "none, because it builds for this machine's GPU and there is none"
         raise DiffpressError(f"{LIBRARIES[_library().__name__]} cannot build for {asked}; supported: {choice}")
+
+
+def check_types(types: Collection[str], targets: Sequence[str], what: str) -> None:
+    """Raise `DiffpressError` when a target lacks one of `types` ("fp8", "int4", ...), which `what` needs."""
+    for target in targets:
+        for kind in sorted(LEAST.keys() & types):
+            if int(target.removeprefix("sm")) < LEAST[kind]:
+                raise DiffpressError(
+                    f"{what} needs {kind}, which {target} does not have: build for sm{LEAST[kind]} or newer, "
+                    "or compress with format int8"
+                )
 
 
 def _library() -> ModuleType:
@@ -126,8 +142,15 @@ def _graphs(bundle: Bundle) -> list[_Graph]:
         listed = bundle.manifest["files"]
         if missing := [part for part in parts if part not in listed]:
             raise DiffpressError(f"{bundle.path} does not list {missing[0]}, which {file} needs: compress again")
-        graphs.append(_Graph(name, file, denoiser, _precision(model), {part: listed[part] for part in parts}))
+        digests = {part: listed[part] for part in parts}
+        graphs.append(_Graph(name, file, denoiser, _precision(model), _types(model), digests))
     return graphs
+
+
+def _types(model: ir.Model) -> frozenset[str]:
+    outputs = [value for node in model.graph.all_nodes() for value in node.outputs]
+    constants = [value for graph in model.graphs() for value in graph.initializers.values()]
+    return frozenset(NAMES[value.dtype] for value in (*outputs, *constants) if value.dtype in NAMES)
 
 
 def _precision(model: ir.Model) -> str:
@@ -147,15 +170,17 @@ def _build_graph(
     trt = _library()
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(bundle.file(graph.file))):  # from the file, so that external data is found
-        raise DiffpressError(f"{_refusal(trt, graph)}: {_parser_error(parser)}")
-    shapes = _profile(network, BATCH[graph.denoiser], graph)
+    parsed: dict[bool, tuple[Any, Any]] = {}  # with the parser, which owns the weights
     entries = []
     for target in targets:
         bar.set_postfix_str(f"{graph.name} for {target}")
+        halved = target in turing.TARGETS
+        if halved not in parsed:
+            parsed[halved] = _parsed(trt, builder, logger, bundle, graph)
+            if halved:
+                turing.multiply_in_half(trt, parsed[halved][0])
+        network = parsed[halved][0]
+        shapes = _profile(network, BATCH[graph.denoiser], graph)
         config = builder.create_builder_config()
         capability = _capabilities(trt)[target]
         if capability is not None:
@@ -177,7 +202,7 @@ def _build_graph(
             "target": target,
             "component": "unet" if graph.denoiser else graph.name,
             "variant": graph.name if graph.denoiser else None,
-            "precision": graph.precision,
+            "precision": graph.precision.replace("fp32", "fp16+fp32") if halved else graph.precision,
             "shapes": shapes,
             "graph": graph.file,
             "sha256": dict(graph.digests),
@@ -191,6 +216,15 @@ def _build_graph(
         entries.append({**{key: sidecar[key] for key in listed}, "path": path})
         bar.update()
     return entries
+
+
+def _parsed(trt: ModuleType, builder: Any, logger: Any, bundle: Bundle, graph: _Graph) -> tuple[Any, Any]:
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(bundle.file(graph.file))):  # from the file, so that external data is found
+        raise DiffpressError(f"{_refusal(trt, graph)}: {_parser_error(parser)}")
+    return network, parser
 
 
 def _profile(network: Any, batch: tuple[int, int, int], graph: _Graph) -> Profile:

@@ -29,9 +29,8 @@ TYPES = {
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
     "e4m3": ir.DataType.FLOAT8E4M3FN,
-    "e2m1": ir.DataType.FLOAT4E2M1,
 }
-OPSETS = {"int8": 20, "e4m3": 20, "int4": 21, "e2m1": 23}  # that know the type
+OPSETS = {"int8": 20, "e4m3": 20, "int4": 21}  # that know the type
 
 
 def insert(
@@ -81,7 +80,7 @@ class _Graph:
             return self.model.graph.initializers[name]
         tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
         value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
         )  # fmt: skip
         self.model.graph.register_initializer(value)
         return value
@@ -93,7 +92,7 @@ class _Graph:
         node = ir.node(op, inputs=list(inputs), attributes=fields, name=name)
         node.outputs[0].name = f"{name}_out"
         if like is not None:
-            node.outputs[0].dtype, node.outputs[0].shape = like.dtype, like.shape
+            node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
         self.model.graph.insert_before(user, node)
         return node.outputs[0]
 
@@ -111,10 +110,11 @@ def _stored(graph: _Graph, user: ir.Node, name: str, weight: ir.Value, layer: La
         array = array / torch.from_numpy(layer.multiplier).reshape(1, -1, *[1] * (array.ndim - 2))
     grid = quantize(array, scale, get(layer.weight_format))
     fields = {"axis": 1 if transposed else 0}
+    flat = scale.ndim == 2 and array.ndim > 2
     if scale.ndim == 2:
-        fields = {"axis": 0 if transposed else 1, "block_size": array.shape[1] // scale.shape[1]}
-        # ONNX wants a scale for every place that is not along the blocks.
-        scale = scale.reshape(*scale.shape, *[1] * (array.ndim - 2)).expand(*scale.shape, *array.shape[2:])
+        # TensorRT knows blocks along the last axes alone: a kernel [out, in, kh, kw] is stored as rows [out, in kh kw].
+        grid = grid.flatten(1)
+        fields = {"axis": 0 if transposed else 1, "block_size": grid.shape[1] // scale.shape[1]}
     if transposed:
         grid, scale = grid.T, scale.T if scale.ndim == 2 else scale
     kind = TYPES[layer.weight_format]
@@ -123,7 +123,12 @@ def _stored(graph: _Graph, user: ir.Node, name: str, weight: ir.Value, layer: La
         graph.constant(f"{name}.weight_{kind.name.lower()}", packed),
         graph.constant(f"{name}.weight_scale", scale.contiguous().numpy().astype(np.float32)),
     ]
-    return graph.before(user, "DequantizeLinear", inputs, f"{name}.weight_dq", weight, **fields)
+    value = graph.before(user, "DequantizeLinear", inputs, f"{name}.weight_dq", None if flat else weight, **fields)
+    if not flat:
+        return value
+    value.type, value.shape = weight.type, ir.Shape(list(grid.shape))
+    shape = graph.constant(f"{name}.weight_shape", np.array(array.shape, np.int64))
+    return graph.before(user, "Reshape", [value, shape], f"{name}.weight_rows", weight)
 
 
 def _round_input(graph: _Graph, node: ir.Node, layer: LayerQuant) -> None:
@@ -181,10 +186,11 @@ def _at_step(graph: _Graph, user: ir.Node, values: np.ndarray, name: str) -> ir.
     if ("row",) not in graph.shared:
         timestep = next(value for value in graph.model.graph.inputs if value.name == "timestep")
         first = graph.model.graph[0]  # every layer comes after it
-        schedule = graph.constant("schedule", np.array(graph.timesteps, np.float32))
+        # A column, because TensorRT's ArgMin wants two dimensions; the row that comes out is [1].
+        schedule = graph.constant("schedule", np.array(graph.timesteps, np.float32).reshape(-1, 1))
         away = graph.before(first, "Sub", [schedule, timestep], "schedule_away")
         distance = graph.before(first, "Abs", [away], "schedule_distance")
-        graph.shared["row",] = graph.before(first, "ArgMin", [distance], "schedule_row", axis=0, keepdims=1)
+        graph.shared["row",] = graph.before(first, "ArgMin", [distance], "schedule_row", axis=0, keepdims=0)
     table = graph.constant(f"{name}_table", values.astype(np.float32))
     return graph.before(user, "Gather", [table, graph.shared["row",]], name, axis=0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import nn
 import diffpress
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.simulate import simulated
-from diffpress.export import components, graphs, layers, parity, qdq, store
-from diffpress.export.deploy import deployable
+from diffpress.export import components, dialect, graphs, layers, parity, qdq, store
+from diffpress.export.deploy import deployable, settled
 from diffpress.export.graphs import GraphSpec
 from diffpress.plan import FULL, Plan
 
@@ -54,11 +54,25 @@ def file_of(variant: str) -> str:
     return "model.onnx" if variant == FULL else f"{variant}.onnx"
 
 
+def dialect_file_of(variant: str) -> str:
+    """The same graph in ONNX Runtime's dialect, which reads the same data file; `runtime.backends` knows the ending."""
+    return f"{Path(file_of(variant)).stem}.onnxruntime.onnx"
+
+
 @torch.no_grad()
 def ship(
-    pipeline: Any, plan: Plan, features: Mapping[str, int], folder: Path, entries: Mapping[str, Any], progress: Progress
+    pipeline: Any,
+    plan: Plan,
+    features: Mapping[str, int],
+    folder: Path,
+    entries: Mapping[str, Any],
+    progress: Progress,
+    sensitivity: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows)."""
+    """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows).
+
+    `sensitivity` are rows by layer that `plan/layers.json` takes in.
+    """
     sampling = plan.sampling
     denoiser, vae = pipeline.unet, pipeline.vae
     down = components.downscale(vae)
@@ -66,7 +80,7 @@ def ship(
     text = (components.tokens(pipeline), denoiser.config.cross_attention_dim)
     checks: dict[str, Any] = {}
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
-    with graphs.plain_attention(denoiser):
+    with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
         specs = denoiser_specs(denoiser, plan, features, latent, text)
         models = {}
         for name, spec in progress(specs.items(), "exporting the denoiser"):
@@ -74,10 +88,14 @@ def ship(
         for model in models.values():
             qdq.insert(model, shipped, sampling.timesteps)
             graphs.finish(model)
-        store.save(models, folder / "unet")
+        rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
+        dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
+        store.save({**models, **dialects}, folder / "unet")
         with simulated(denoiser, shipped, sampling.timesteps):
             for name, spec in progress(specs.items(), "checking the denoiser"):
-                checks[f"unet/{file_of(name)}"] = _checked(folder / "unet" / file_of(name), spec)
+                for file in (file_of(name), dialect_file_of(name)):
+                    if file in models or file in dialects:
+                        checks[f"unet/{file}"] = _checked(folder / "unet" / file, spec)
     for name, spec in progress(
         components.specs(pipeline, sampling.height, sampling.width).items(), "exporting the rest"
     ):
@@ -87,7 +105,7 @@ def ship(
         checks[f"{name}/model.onnx"] = _checked(folder / name / "model.onnx", spec)
     _write_configs(pipeline, folder)
     plan.save(folder / "plan")
-    table = layers.rows(denoiser, plan.quantization)
+    table = layers.rows(denoiser, plan.quantization, sensitivity)
     (folder / "plan" / "layers.json").write_text(json.dumps(table, indent=1))
     shapes = {
         feature: list(family.feature_shape(denoiser, branch, *latent[1:])) for feature, branch in features.items()
@@ -100,6 +118,12 @@ def ship(
         "scheduler": {"class": sampling.scheduler, "config": _plain(pipeline.scheduler.config)},
         "program": plan.program.to_json(),
         "graphs": {name: f"unet/{file_of(name)}" for name in specs},
+        # By backend, what it opens instead where it is listed.
+        "dialects": {
+            "onnxruntime": {
+                name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in dialects
+            }
+        },
         "features": shapes,
         "latent": {
             "channels": latent[0],
@@ -111,8 +135,14 @@ def ship(
         "text": {"hidden": text[1], "tokens": text[0]},
         "parity": checks,
         **entries,
-        "sizes": {**entries.get("sizes", {}), "denoiser_compressed": folder_bytes(folder / "unet", ".onnx*")},
+        "sizes": {**entries.get("sizes", {}), "denoiser_compressed": denoiser_bytes(folder)},
     }
+
+
+def denoiser_bytes(folder: Path) -> int:
+    """Bytes of the denoiser's standard graphs and their weights; a run reads these or a dialect's graphs, not both."""
+    other = folder_bytes(folder / "unet", ".onnxruntime.onnx")
+    return folder_bytes(folder / "unet", ".onnx*") - other
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:

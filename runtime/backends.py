@@ -18,6 +18,7 @@ from diffpress.errors import DiffpressError, require
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 PRECISIONS = ("fp32", "bf16")
+DIALECT = f".{ONNXRUNTIME}.onnx"  # the end of the names of graphs in ONNX Runtime's dialect
 Feeds = Mapping[str, np.ndarray]
 
 
@@ -128,6 +129,11 @@ class _OnnxRuntime:
         self.outputs: Mapping[str, Port] = {node.name: _onnxruntime_port(node) for node in self._session.get_outputs()}
 
     def _opened(self, library: Any, options: Any) -> Any:
+        if self._file.name.endswith(DIALECT) and not _has_vnni():
+            # Without VNNI its products of uint8 by int8 saturate in between; these are exact, and slower. What this
+            # does to Q/DQ that is left in the graph (other formats) it then refuses to run.
+            options.add_session_config_entry("session.x64quantprecision", "1")
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             return library.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
         except self._errors:
@@ -143,6 +149,16 @@ class _OnnxRuntime:
             return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
         except self._errors as error:
             raise DiffpressError(f"ONNX Runtime cannot run {self._file}: {_first_line(error)}") from error
+
+
+@cache
+def _has_vnni() -> bool:
+    """Whether this x86 processor is known to have exact products of uint8 by int8; False where nobody says so."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("ascii", errors="replace").split()
+    except OSError:
+        return False
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -70,7 +70,9 @@ class Pipeline:
         backends.check(backend, precision)
         try:
             schedule, program = _schedule(bundle, sampling)
-            graphs = {name: _listed(bundle, graph) for name, graph in bundle.manifest["graphs"].items()}
+            dialect = bundle.manifest.get("dialects", {}).get(backend, {})
+            chosen = {**bundle.manifest["graphs"], **dialect}
+            graphs = {name: _listed(bundle, graph) for name, graph in chosen.items()}
             tokenizer = Tokenizer.load(bundle.file("tokenizer"), bundle.manifest["text"]["tokens"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DiffpressError(

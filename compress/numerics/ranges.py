@@ -147,10 +147,14 @@ def block_of(width: int, block: int) -> int:
     return block
 
 
-def grouped(rows: int, groups: int) -> list[int]:
-    """The group of each of `rows` steps, in order and of nearly equal size: 5 rows in 2 groups are 0 0 0 1 1."""
-    groups = min(groups, rows)
-    return [row * groups // rows for row in range(rows)]
+def grouped(timesteps: Sequence[float], groups: int) -> list[int]:
+    """The group of each step of a schedule, in order and of nearly equal size: 5 steps in 2 groups are 0 0 0 1 1.
+
+    Steps at one timestep, which PNDM has, are in one group: nothing tells the denoiser's calls there apart.
+    """
+    distinct = list(dict.fromkeys(timesteps))
+    groups = min(groups, len(distinct))
+    return [distinct.index(timestep) * groups // len(distinct) for timestep in timesteps]
 
 
 def per_step(scales: Sequence[float], membership: Sequence[int]) -> list[float]:

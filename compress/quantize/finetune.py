@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
 from diffpress.calibration.capture import Call
+from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress import training
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
@@ -99,9 +101,10 @@ class FinetunePass:
 
     def apply(self, work: Work) -> str:
         """Train, or go on where an interrupted run stopped; says what was trained and what became of the output."""
-        unet, home, selection = work.denoiser, work.denoiser.device, self.selection(work)
+        unet, selection = work.denoiser, self.selection(work)
         data = chosen_calls(work.record(), self.calls, work.seed)
-        judged = data[:: math.ceil(len(data) / JUDGED)]
+        # At random: a stride would meet the same few steps of every prompt again and again.
+        judged = random.Random(work.seed).sample(data, min(JUDGED, len(data)))
         file = training.state_file("finetune", self, work, data)
 
         def loss(iteration: int) -> Tensor:
@@ -110,8 +113,7 @@ class FinetunePass:
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(work.seed + epoch))
             return objective(student, selection, data[int(order[place])], 1 if self.layers == "time" else 2)
 
-        unet.to("cuda" if torch.cuda.is_available() else "cpu")
-        try:
+        with on_fastest_device(unet):
             student = Student(work, selection)
             rates = ((student.weights(), self.weight_rate), (student.scales(), self.scale_rate))
             groups = [training.Group(parameters, rate) for parameters, rate in rates if parameters]
@@ -119,8 +121,6 @@ class FinetunePass:
                 before = student.error(judged)
                 training.descend(loss, groups, self.iterations, file, work.progress, "finetuning")
                 after = student.error(judged)
-        finally:
-            unet.to(home)
         change = f"error of the output on recorded calls {before:.2%} -> {after:.2%}"
         if not after < before:
             return f"nothing: {change}, so the model stays as it was; try lower rates"

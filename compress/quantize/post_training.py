@@ -58,6 +58,8 @@ FORMATS: dict[str, tuple[str, str | None]] = {
 }
 WIDER = {"int4": "int8", "e2m1": "e4m3", "float4": "float8"}  # for the layers of `keep_eight_bits`
 FOUR_BIT_EXCEPTIONS = ("*conv_shortcut", "*downsamplers*", "*upsamplers*")
+SMALLEST_BLOCK = 16  # below it the scales would take more room than the numbers; an odd layer has one per channel
+NAMED = 6  # layers that a summary names for one reason
 SAMPLES = 512  # rows or crops of a layer's input that a search for its multiplier looks at
 
 
@@ -117,9 +119,11 @@ class QuantizePass:
         """Find scales from recorded calls and put them into the plan; says how many layers."""
         layers = self._layers(work)
         multipliers = self._multipliers(work, layers)
-        decided = quantize_layers(work, self, layers, multipliers)
+        left: dict[str, str] = {}
+        decided = quantize_layers(work, self, layers, multipliers, left)
+        if not decided:
+            raise DiffpressError(f"quantize: no layer can be quantized, all are left in float: {_told(left)}")
         work.quantization.update(decided)
-        idle = [name for name in layers if name not in decided]
         layers = {name: module for name, module in layers.items() if name in decided}
         total = sum(parameter.numel() for parameter in work.denoiser.parameters())
         covered = sum(module.weight.numel() for module in layers.values())
@@ -127,9 +131,8 @@ class QuantizePass:
         notes += [f"ranges by {self.range}"] if FORMATS[self.format][1] else []
         notes += [f"{len(multipliers)} inputs scaled"] if self.scaling != "none" or self.split else []
         notes += [f"scales: {self.scales}"] if self.scales != 1 else []
-        notes += [f"never run, left in float: {', '.join(idle)}"] if idle else []
-        skipped = family.unhandled(work.denoiser)
-        notes += [f"left in float: {', '.join(skipped)}"] if skipped else []
+        left |= dict.fromkeys(family.unhandled(work.denoiser), "no quantization for this kind of layer")
+        notes += [f"left in float: {_told(left)}"] if left else []
         return ", ".join(notes)
 
     def formats_of(self, name: str) -> tuple[str, str | None]:
@@ -144,7 +147,8 @@ class QuantizePass:
         """Input channels that share a weight scale; None for a scale per output channel."""
         if FORMATS[self.format][1] is not None or weight_format != "int4":
             return None
-        return block_of(module.weight.shape[1], self.block)
+        block = block_of(module.weight.shape[1], self.block)
+        return block if block >= SMALLEST_BLOCK else None
 
     def _layers(self, work: Work) -> dict[str, Layer]:
         return {
@@ -179,8 +183,8 @@ class QuantizePass:
                 module,
                 samples[name],
                 candidates,
-                _grid(weight),
-                inputs and _grid(inputs),
+                typical(weight),
+                inputs and typical(inputs),
                 self.block_for(module, weight),
             )
             if best is not None:
@@ -188,22 +192,27 @@ class QuantizePass:
         return found
 
 
-def _grid(name: str) -> str:
+def typical(name: str) -> str:
     """A format to judge by where the real one is still to be searched."""
     return {"float8": "e4m3", "float4": "e2m1"}.get(name, name)
 
 
 def quantize_layers(
-    work: Work, options: QuantizePass, layers: Mapping[str, Layer], multipliers: Mapping[str, Tensor] | None = None
+    work: Work,
+    options: QuantizePass,
+    layers: Mapping[str, Layer],
+    multipliers: Mapping[str, Tensor] | None = None,
+    left: dict[str, str] | None = None,
 ) -> dict[str, LayerQuant]:
-    """The quantization of each layer by `options`, but those that no recorded call reaches; `work` does not change.
+    """The quantization of each layer by `options`; `work` does not change.
 
-    `multipliers` are [in] by layer.
+    A layer stays out whose input no recorded call shows, or shows as one number: that has no range. `left` takes such
+    layers and the reason. `multipliers` are [in] by layer.
     Raises `DiffpressError` naming the layer whose weight or input cannot be quantized.
     """
     multipliers = multipliers or {}
     schedule = work.sampling.timesteps
-    membership = grouped(len(schedule), len(schedule) if options.scales == "step" else int(options.scales))
+    membership = grouped(schedule, len(schedule) if options.scales == "step" else int(options.scales))
     seen: Mapping[str, list[AbsHistogram]] = {}
     if FORMATS[options.format][1] is not None:
         require_steps(work.record().rows(), membership, f"quantize with scales: {options.scales}")
@@ -217,7 +226,10 @@ def quantize_layers(
             groups=membership[-1] + 1,
             multipliers=multipliers,
         )
-        layers = {name: module for name, module in layers.items() if name not in unreached(seen)}
+        useless = _useless(seen)
+        if left is not None:
+            left |= useless
+        layers = {name: module for name, module in layers.items() if name not in useless}
     result = {}
     for name, module in work.progress(layers.items(), "searching ranges"):
         try:
@@ -225,6 +237,30 @@ def quantize_layers(
         except DiffpressError as error:
             raise DiffpressError(f"layer {name} cannot be quantized: {error}") from error
     return result
+
+
+def _useless(seen: Mapping[str, list[AbsHistogram]]) -> dict[str, str]:
+    """Layers whose recorded inputs give no range, and why."""
+    why = dict.fromkeys(unreached(seen), "no recorded call runs them")
+    for name, groups in seen.items():
+        whole = AbsHistogram()
+        for group in groups:
+            whole.merge(group)
+        if whole.constant:
+            why[name] = f"their input is {whole.highest:g} always"
+    return why
+
+
+def _told(left: Mapping[str, str]) -> str:
+    """The layers that were left, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left.items():
+        reasons.setdefault(why, []).append(name)
+    parts = []
+    for why, names in reasons.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        parts.append(f"{', '.join(names[:NAMED])}{more} ({why})")
+    return "; ".join(parts)
 
 
 def _quantize_layer(

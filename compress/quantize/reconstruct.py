@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffpress.calibration.capture import Call
+from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
 from diffpress.compress.numerics.formats import get
@@ -38,6 +40,7 @@ from diffpress.errors import DiffpressError
 from diffpress.plan import LayerQuant
 
 REGULARIZER = 0.01  # weight of AdaRound's regularizer beside a loss summed over channels
+GROUPS = 4  # more input scales than this are scales by step
 ROUNDING_POWER, SCALE_POWER = 2.0, 2.4  # |difference|^p of the two losses, as in Q-Diffusion's code
 
 
@@ -90,11 +93,8 @@ class ReconstructPass:
         done = {unit: load(file) for unit in units if (file := folder / f"{unit}.safetensors").is_file()}
         for result in done.values():
             state.install(result)
-        home = next(work.denoiser.parameters()).device
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        work.denoiser.to(device)
-        try:
-            calls = [call.to(device) for call in calls]
+        with on_fastest_device(work.denoiser):
+            calls = [call.to(work.denoiser.device) for call in calls]
             for unit in work.progress([unit for unit in units if unit not in done], "reconstructing"):
                 data = state.capture(unit, calls)
                 if data is None:
@@ -106,8 +106,6 @@ class ReconstructPass:
                 done[unit] = optimise(unit, work.denoiser.get_submodule(unit), layers, units[unit], data, self, seed)
                 save(done[unit], folder / f"{unit}.safetensors")
                 state.install(done[unit])
-        finally:
-            work.denoiser.to(home)
         return _summary(done, units, self._leftover(work))
 
     def _leftover(self, work: Work) -> list[str]:
@@ -207,9 +205,9 @@ def optimise(
 class _Layer:
     """A quantized layer while its unit is learned: the weight and the input scales it computes with now.
 
-    Steps that were given the same scale (one for all, or groups) share one factor and so stay equal; every other step
-    learns its own, and a step that the data does not show keeps its calibrated scale. The factor is kept as a
-    logarithm: the scale stays positive, and one learning rate suits scales of any size.
+    A scale for all steps or for a group of them learns a factor of its own. Where every step has its scale they share
+    one factor: of a single step there are too few samples, and what they teach clips the next prompt. The factor is
+    kept as a logarithm: the scale stays positive, and one learning rate suits scales of any size.
     """
 
     def __init__(self, module: nn.Module, quant: LayerQuant, key: str) -> None:
@@ -222,7 +220,7 @@ class _Layer:
         if quant.input_scale is not None:
             distinct, member = torch.from_numpy(quant.input_scale).to(weight.data).unique(return_inverse=True)
             self.distinct, self.member = distinct, member
-            self.log_factor = torch.zeros_like(distinct)
+            self.log_factor = torch.zeros_like(distinct if len(distinct) <= GROUPS else distinct[:1])
 
     def scales(self) -> Tensor:
         """The input's scale at every step [1] or [steps]."""
@@ -305,7 +303,7 @@ def _learn_scales(
     layers = [layer for layer in layers if layer.log_factor is not None]
     if not settings.scale_iterations or not layers:
         return
-    factors = [torch.zeros_like(layer.distinct).requires_grad_() for layer in layers]
+    factors = [layer.log_factor.clone().requires_grad_() for layer in layers if layer.log_factor is not None]
     for layer, factor in zip(layers, factors, strict=True):
         layer.log_factor = factor
     # LSQ's division of the gradient by sqrt(n q) changes nothing under Adam, which divides by its size anyway.
@@ -348,7 +346,7 @@ def save(learned: Learned, file: Path) -> None:
     tensors |= {f"input_scale/{name}": torch.from_numpy(scale) for name, scale in learned.input_scales.items()}
     tensors["errors"] = torch.tensor([learned.before, learned.after], dtype=torch.float64)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     save_file(tensors, partial)
     partial.rename(file)
 

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress import training
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
@@ -62,8 +63,7 @@ class TemporalPass:
         """Quantize the time layers, learn their rounding and choose; says what was chosen, its error and bytes."""
         unet, schedule = work.denoiser, work.sampling.timesteps
         home = unet.device
-        unet.to("cuda" if torch.cuda.is_available() else "cpu")
-        try:
+        with on_fastest_device(unet):
             timesteps = torch.tensor(schedule, dtype=torch.float32, device=unet.device)
             modules, exact = family.time_layers(unet), table.features(unet, timesteps)
             layers = quantize_time_layers(unet, timesteps, self.weight_format, self.input_format, self.per_step)
@@ -86,8 +86,6 @@ class TemporalPass:
                     exact, got, {name: stored(rows, self.table_format) for name, rows in exact.items()}
                 )
                 errors.append(f"{relative_error(got | tables, exact):.2%} as chosen")
-        finally:
-            unet.to(home)
         before = 4 * sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
         if tables:
             work.temporal = TemporalTable(schedule, {name: rows.cpu().numpy() for name, rows in tables.items()})

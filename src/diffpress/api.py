@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 
 if TYPE_CHECKING:
+    from diffpress.benchmarks.scores import Judging
     from diffpress.compress.recipe import Recipe
     from diffpress.compress.work import Work
 
 SHAPES_GUIDANCE = 2.0
 GUIDANCE = 7.5  # diffusers' own default for Stable Diffusion
+SCORED_IMAGES = 48
+SCORED_SEED = 100_003  # of captions and noise that reports do not use: what chooses a format is not what judges it
 
 
 def compress(
@@ -37,12 +41,15 @@ def compress(
 
     `model` is a diffusers folder, a hub id or "shapes"; `recipe` a preset's name or a YAML file; `prompts` a text file
     for calibration, a prompt a line. Raises `DiffpressError` and leaves nothing behind when something is wrong.
+
+    Under `accelerate launch` every process calls this; they share calibration and measuring, and the first writes.
     """
     from diffpress.errors import require
 
     require("torch", "compress", "compress a model")
     require("diffusers", "compress", "compress a model")
     from diffpress.calibration import model as models
+    from diffpress.calibration import processes
     from diffpress.calibration import prompts as prompt_lists
     from diffpress.compress import recipe as recipes
     from diffpress.compress.run import run
@@ -55,8 +62,14 @@ def compress(
         from diffpress.export import engines
 
         engines.check_targets(targets)
+        engines.check_types(_types(chosen), targets, f"recipe {chosen.name}")
     work = begin(model, chosen, prompts=given, steps=steps, seed=seed, quiet=quiet)
     parameters = sum(parameter.numel() for parameter in work.denoiser.parameters())
+    processes.wait()  # until all have seen that there is no such bundle yet
+    if not processes.is_main():
+        run(chosen.built(), work)
+        processes.wait()  # until the bundle is there
+        return bundles.read(output)
     with bundles.create(output) as folder:
         results = run(chosen.built(), work)
         entries = {
@@ -71,11 +84,13 @@ def compress(
             "passes": [result.__dict__ for result in results],
             "sizes": {"denoiser_reference": 4 * parameters},
         }
-        manifest = ship.ship(work.pipeline, work.plan(), work.features, folder, entries, work.progress)
+        sensitivity = work.tables.get("sensitivity", ())
+        manifest = ship.ship(work.pipeline, work.plan(), work.features, folder, entries, work.progress, sensitivity)
         bundles.write_manifest(folder, manifest)
         made = bundles.read(folder)
         if targets:
             engines.build(made, targets, progress=not quiet)
+    processes.wait()
     shutil.rmtree(work.scratch, ignore_errors=True)
     return bundles.read(output)
 
@@ -124,7 +139,10 @@ def begin(
     # Everything that a pass's unfinished work depends on.
     key = json.dumps([fingerprint, recipes.as_json(recipe), sampling.to_json(), texts, seed, diffpress.__version__])
     scratch = cache_root() / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    return Work(pipeline, sampling, seed, recorder, progress, scratch)
+    work = Work(pipeline, sampling, seed, recorder, progress, scratch)
+    if models.is_shapes(model):
+        work.scorer = _scorer(work)
+    return work
 
 
 def build(path: str | Path, targets: Sequence[str], *, quiet: bool = False) -> Bundle:
@@ -132,6 +150,19 @@ def build(path: str | Path, targets: Sequence[str], *, quiet: bool = False) -> B
     from diffpress.export import engines
 
     return engines.build(bundles.load(path), targets, progress=not quiet)
+
+
+def _types(recipe: Recipe) -> set[str]:
+    """What GPUs must have for the formats that passes name, in the words of `engines`; known before any work."""
+    from diffpress.compress.quantize.post_training import FORMATS, typical
+    from diffpress.export import deploy
+
+    named: set[str] = set()
+    for _, step in recipe.built():
+        fields = [getattr(step, "format", None), *getattr(step, "candidates", ())]
+        named |= FORMATS.keys() & {*fields, *getattr(step, "override", {}).values()}
+    pairs = [FORMATS[name] for name in named]
+    return {kind for weight, inputs in pairs for kind in deploy.types(typical(weight), inputs and typical(inputs))}
 
 
 def _default_prompts(model: str, count: int) -> list[str]:
@@ -146,10 +177,44 @@ def _default_prompts(model: str, count: int) -> list[str]:
     return [caption for _, caption, _ in scenes.dataset(count, seed=5)]
 
 
+def _scorer(work: Work) -> Callable[[str], float]:
+    """What `shapes`' judges think of the work's pipeline as it is now, under its step program.
+
+    "accuracy" (confirmed attributes, in percent) or "clip", of held-out captions and seeds that no report is made of.
+    """
+
+    @cache
+    def judging() -> tuple[list[str], Judging]:
+        from diffpress.benchmarks.prompts import Prompts
+        from diffpress.benchmarks.scores import Judging
+        from diffpress.benchmarks.shapes import scenes
+
+        pairs = scenes.held_out_captions(SCORED_IMAGES, seed=SCORED_SEED)
+        texts = [caption for _, caption in pairs]
+        return texts, Judging(Prompts(texts, "held-out captions", [scene for scene, _ in pairs]))
+
+    def score(metric: str) -> float:
+        from diffpress.benchmarks.candidates import Reference, draw
+        from diffpress.compress.cache.execute import execution
+
+        texts, judge = judging()
+        seeds = [SCORED_SEED + index for index in range(SCORED_IMAGES)]
+        with execution(work.program, work.features).watched(work.pipeline, lambda index, call: None):
+            content = judge.content(draw(Reference(work.pipeline, work.sampling), texts, seeds, batch=16).pixels)
+        found = {"accuracy": content.attribute_accuracy, "clip": content.clip_score}.get(metric)
+        if found is None:
+            raise DiffpressError(f"nothing here measures '{metric}'")
+        return 100 * found if metric == "accuracy" else found
+
+    return score
+
+
 def _progress(quiet: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
     from tqdm import tqdm
 
+    from diffpress.calibration import processes
+
     def show(items: Iterable[Any], what: str) -> Iterable[Any]:
-        return tqdm(items, desc=what, disable=quiet, leave=False)
+        return tqdm(items, desc=what, disable=quiet or not processes.is_main(), leave=False)
 
     return show

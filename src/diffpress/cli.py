@@ -149,7 +149,9 @@ def _compress(options: argparse.Namespace) -> None:
         targets=options.target,
         quiet=options.quiet,
     )
-    if options.quiet:
+    from diffpress.calibration import processes
+
+    if options.quiet or not processes.is_main():
         return
     from diffpress import inspection
 

@@ -157,7 +157,8 @@ def layer_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of layers as text, columns that every row lacks left out."""
     if not rows:
         return ["this bundle has no table of layers"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    known = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in known if any(row.get(key) is not None for row in rows)]
     table = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
@@ -168,7 +169,10 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "x".join(map(str, value)) if isinstance(value, list) else _number(value)
+    if not isinstance(value, list):
+        return _number(value)
+    options = [f"{option['name']} {_number(option['error'])}" for option in value if isinstance(option, Mapping)]
+    return ", ".join(options) or "x".join(map(str, value))
 
 
 def _present(bundle: Bundle) -> set[str]:

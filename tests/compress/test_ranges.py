@@ -104,6 +104,7 @@ def test_inputs_that_were_always_zero_have_scale_one() -> None:
 
 
 def test_groups_and_blocks() -> None:
-    assert grouped(5, 2) == [0, 0, 0, 1, 1]
-    assert grouped(3, 8) == [0, 1, 2]
+    assert grouped([9.0, 7.0, 5.0, 3.0, 1.0], 2) == [0, 0, 0, 1, 1]
+    assert grouped([9.0, 5.0, 1.0], 8) == [0, 1, 2]
+    assert grouped([9.0, 5.0, 5.0, 1.0], 8) == [0, 1, 1, 2]  # equal steps share theirs, and none is left empty
     assert [block_of(width, 64) for width in (128, 48, 320, 7)] == [64, 16, 64, 1]

@@ -157,6 +157,19 @@ def test_learns_scales_of_inputs_that_were_far_too_wide(network: Work, tmp_path:
     assert np.array_equal(work.quantization["mid_block.resnets.0.conv1"].input_scale, rows)
 
 
+def test_scales_by_step_learn_one_factor_together(network: Work, tmp_path: Path, monkeypatch: Any) -> None:
+    work = make_work(network, tmp_path, "int8", "int4")
+    rows = np.array([2.0, 2.5, 1.5, 1.0], np.float32)
+    work.quantization = {
+        name: LayerQuant(layer.weight_scale, rows, "int8", "int4") for name, layer in work.quantization.items()
+    }
+    monkeypatch.setattr(reconstruct, "GROUPS", 3)
+    pass_of(iterations=0, scale_iterations=30, scale_rate=0.05).apply(work)
+    factors = work.quantization[f"{RESNET}.conv1"].input_scale / rows
+    assert factors == pytest.approx(np.full(4, factors[0]))
+    assert factors[0] < 0.9
+
+
 def test_keeps_round_to_nearest_where_learning_does_not_help(network: Work, tmp_path: Path) -> None:
     work = make_work(network, tmp_path)
     before = copy.deepcopy(work.denoiser.state_dict())

@@ -5,17 +5,25 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+import torch
+from torch import Tensor, nn
 
 from diffpress import bundle
 from diffpress.bundle import Bundle
+from diffpress.compress.numerics.formats import get
+from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.errors import DiffpressError
-from diffpress.export import engines
+from diffpress.export import engines, graphs, qdq, store, turing
+from diffpress.export.deploy import deployable
+from diffpress.plan import LayerQuant
 
 try:
     import tensorrt_rtx
@@ -111,8 +119,119 @@ def test_an_unknown_target_is_refused_before_any_work(
         engines.build(handmade, ["sm89", target], progress=False)
 
 
+SCHEDULE = (900.0, 600.0, 300.0, 1.0)
+
+
+class Mixed(nn.Module):
+    """A convolution, projections, an attention product and a layer of odd width, as a U-Net has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_proj = nn.Identity()
+        self.conv, self.query, self.odd = nn.Conv2d(64, 128, 3, padding=1), nn.Linear(128, 128), nn.Linear(128, 40)
+        self.out = nn.Linear(40, 64)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        time = self.time_proj(timestep)[:, None, None] * 0
+        tokens = self.conv(sample).flatten(2).transpose(1, 2) + time
+        weights = torch.softmax(self.query(tokens) @ tokens.transpose(1, 2), dim=-1)
+        return (self.out(self.odd(weights @ tokens)).transpose(1, 2).unflatten(2, sample.shape[2:]).tanh(),)
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = Mixed()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        return self.unet(sample, timestep)
+
+
+@pytest.fixture(scope="module")
+def quantized(_handmade: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str | None], Bundle]:
+    """The bundle made by hand with a denoiser in these formats: 64 wide blocks of int4, otherwise scales by step and
+    a multiplier.
+    """
+
+    def make(weights: str, inputs: str | None) -> Bundle:
+        folder = tmp_path_factory.mktemp("quantized") / "bundle"
+        shutil.copytree(_handmade, folder)
+        module = Denoiser().eval().requires_grad_(False)
+        plan = {}
+        for name in ("conv", "query", "odd", "out"):
+            weight = module.unet.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            block = 64 if weights == "int4" and weight.shape[1] % 64 == 0 else None
+            scale = weight_scale(weight, get(weights), "max", block).numpy()
+            multiplier = np.linspace(0.5, 2, weight.shape[1], dtype=np.float32) if name == "query" else None
+            by_step = None if inputs is None else np.array([0.04, 0.03, 0.02, 0.01], np.float32)
+            plan[name] = deployable(LayerQuant(scale, by_step, weights, inputs, multiplier))
+        inputs_ = {"sample": torch.randn(2, 64, 8, 8), "timestep": torch.tensor([600.0])}
+        graph = graphs.to_onnx(graphs.GraphSpec(module, inputs_, ("out_sample",)))
+        assert qdq.insert(graph, plan, SCHEDULE) == set(plan)
+        graphs.finish(graph)
+        shutil.rmtree(folder / "unet")
+        store.save({"model.onnx": graph}, folder / "unet")
+        manifest = json.loads((folder / bundle.MANIFEST).read_text())
+        manifest |= {"graphs": {"full": "unet/model.onnx"}}
+        del manifest["files"]
+        bundle.write_manifest(folder, manifest)
+        return bundle.load(folder)
+
+    return make
+
+
 @needs_library
-def test_what_a_gpu_cannot_do_is_refused_by_the_name_of_the_node(handmade: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("formats", "targets", "precision"),
+    [
+        (("int8", "int8"), ["sm75", "sm80", "sm89"], "int8+fp32"),  # sm86, sm120 and sm121 are built elsewhere here
+        (("e4m3", "e4m3"), ["sm89", "sm121"], "fp8+fp32"),
+        (("int4", None), ["sm80", "sm121"], "int4+fp32"),
+        (("e2m1", "e4m3"), ["sm120"], "fp8+fp32"),
+        (("int4", "int8"), ["sm86"], "int8+fp32"),
+    ],
+)
+def test_every_format_builds_for_targets_that_have_it(
+    quantized: Callable[[str, str | None], Bundle],
+    formats: tuple[str, str | None],
+    targets: list[str],
+    precision: str,
+) -> None:
+    made = engines.build(quantized(*formats), targets, progress=False)
+    built = {entry["target"]: entry["precision"] for entry in made.manifest["engines"] if "full" in entry["path"]}
+    assert built == {
+        target: precision.replace("fp32", "fp16+fp32") if target == "sm75" else precision for target in targets
+    }
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("formats", "target", "message"),
+    [
+        (("e4m3", "e4m3"), "sm86", "needs fp8, which sm86 does not have: build for sm89 or newer"),
+        (("int4", None), "sm75", "needs int4, which sm75 does not have: build for sm80 or newer"),
+    ],
+)
+def test_a_type_that_a_target_lacks_is_refused_before_anything_is_built(
+    quantized: Callable[[str, str | None], Bundle],
+    formats: tuple[str, str | None],
+    target: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = quantized(*formats)
+    monkeypatch.setattr(engines, "_build_graph", lambda *_: pytest.fail("work was started"))
+    with pytest.raises(DiffpressError, match=message):
+        engines.build(made, ["sm120", target], progress=False)
+    assert not made.file("engines").exists()
+
+
+@needs_library
+def test_what_a_gpu_cannot_do_is_refused_by_the_name_of_the_node(
+    handmade: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turing, "TARGETS", ())  # float products, which Turing has not
     before = state(handmade.path)
     with pytest.raises(DiffpressError, match=r"unet/model.onnx for sm75: .*'to_q_node'.*not supported$"):
         engines.build(handmade, ["sm89", "sm75"], progress=False)

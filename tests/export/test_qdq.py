@@ -14,7 +14,7 @@ from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.errors import DiffpressError
 from diffpress.export import graphs, qdq, store
-from diffpress.export.deploy import deployable, exact
+from diffpress.export.deploy import deployable, exact, settled, types
 from diffpress.plan import LayerQuant
 from diffpress.runtime.backends import open_session
 
@@ -97,9 +97,10 @@ def test_every_deployable_format_runs_and_matches(
 
 
 def test_int4_blocks_run_match_and_are_small(model: Small, tmp_path: Path) -> None:
-    plan = {name: quant(getattr(model, name), "int4", None, block=16) for name in ("linear", "vector")}
+    plan = {name: quant(getattr(model, name), "int4", None, block=16) for name in ("conv", "linear", "vector")}
     check(run(model, plan, tmp_path), 5e-3)  # ONNX Runtime multiplies such blocks in 8 bits
-    assert (tmp_path / "model.onnx_data").stat().st_size < 16 * 32 * 9 * 4 + 0.4 * (32 * 32 + 32 * 16) * 4
+    weights = 16 * 32 * 9 + 32 * 32 + 32 * 16
+    assert (tmp_path / "model.onnx_data").stat().st_size < 0.2 * 4 * weights
 
 
 def test_multipliers_run_and_match(model: Small, tmp_path: Path) -> None:
@@ -123,6 +124,44 @@ def test_scales_by_step_equal_quantization_with_each(model: Small, tmp_path: Pat
     check(run(model, odd, tmp_path / "odd"), 2e-3)
 
 
+@pytest.mark.parametrize(
+    "formats", [("e2m1", "e4m3"), ("e2m1", None), ("e2m1", "int8"), ("int4", "int8"), ("e3m0", None)]
+)
+def test_a_finer_grid_ships_the_very_numbers_that_were_decided(
+    model: Small, formats: tuple[str, str | None], tmp_path: Path
+) -> None:
+    plan = {name: quant(getattr(model, name), *formats) for name in ("conv", "linear", "vector")}
+    shipped = {name: deployable(layer) for name, layer in plan.items()}
+    assert all(exact(layer) and shipped[name].weight_format != layer.weight_format for name, layer in plan.items())
+    before = model.linear.weight.clone()
+    sample = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        with simulated(model, plan):
+            (wanted,) = model(sample, torch.tensor([600.0]))
+        with settled(model, plan):
+            with simulated(model, shipped):
+                (got,) = model(sample, torch.tensor([600.0]))
+            check(run(model, shipped, tmp_path), 2e-3)
+    assert torch.allclose(got, wanted, atol=1e-5)
+    assert torch.equal(model.linear.weight, before)
+
+
+def test_blocks_beside_rounded_inputs_ship_as_one_scale_per_channel(model: Small) -> None:
+    layer = quant(model.linear, "int4", "int8", block=16)
+    shipped = deployable(layer)
+    assert shipped.weight_scale.shape == (32,) and shipped.weight_format == "int8" and not exact(layer)
+    with simulated(model, {"linear": layer}):
+        wanted = model.linear.weight.clone()
+    with settled(model, {"linear": layer}), simulated(model, {"linear": shipped}):
+        assert (model.linear.weight - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_what_hardware_must_have_is_told_of_what_ships() -> None:
+    assert types("int4", None) == {"int4"}
+    assert types("int4", "int8") == types("int8", "int4") == {"int8"}
+    assert types("e2m1", "e4m3") == {"fp8"}
+
+
 def test_scales_of_another_schedule_are_refused(model: Small, tmp_path: Path) -> None:
     plan = {"linear": quant(model.linear, "int8", "int8", (0.1, 0.2))}
     with pytest.raises(DiffpressError, match="2 scales by step do not fit a schedule of 4 calls"):
@@ -138,6 +177,10 @@ def test_scales_of_another_schedule_are_refused(model: Small, tmp_path: Path) ->
         (("e1m2", None), ("int4", None), True),
         (("e3m4", "e5m2"), ("e4m3", "e4m3"), False),
         (("int6", "int8"), ("int8", "int8"), True),
+        (("e2m1", None), ("int8", None), True),  # which every target has
+        (("e4m3", "int8"), ("int8", "int8"), False),
+        (("int8", "e4m3"), ("e4m3", "e4m3"), False),
+        (("e5m2", None), ("e4m3", None), False),
     ],
 )
 def test_what_no_target_has_ships_as_the_nearest_that_one_has(
