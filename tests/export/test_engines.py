@@ -296,7 +296,7 @@ def test_a_failure_at_the_very_end_puts_the_old_engines_back(
 
 
 @needs_library
-def test_ctrl_c_stops_the_builder_at_its_next_step() -> None:
+def test_ctrl_c_stops_the_builder_at_its_next_step(request: pytest.FixtureRequest) -> None:
     class Slow:
         """A builder that never ends by itself."""
 
@@ -312,6 +312,9 @@ def test_ctrl_c_stops_the_builder_at_its_next_step() -> None:
 
     main = threading.main_thread().ident
     assert main is not None
+    # A shell starts background jobs with interrupts ignored, and tests inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
     timer.start()
     builder, config = Slow(), SimpleNamespace()
