@@ -169,7 +169,7 @@ def test_a_missing_package_is_named_with_its_extra(
         ("passes: [{cache: {intervall: 3}}]", "unknown key 'intervall'"),
         ("passes: [{cache: {interval: 1}}]", "'interval'"),
         ("passes: [{cache: {interval: often}}]", "'interval'"),
-        ("passes: [distill]", "there is no pass 'distill', choose from: quantize, temporal-table, cache"),
+        ("passes: [distill]", "there is no pass 'distill', choose from: quantize, reconstruct"),
         ("passes: [{quantize: {format: int3}}]", "'format'"),
         ("passes: [{quantize: {}, cache: {}}]", "each pass is one 'name: fields' entry"),
         ("passes: [3]", "passes"),
