@@ -14,7 +14,7 @@ from diffpress.benchmarks.latency import paired_ratio, summary
 from diffpress.benchmarks.plain import SOLVER, Trial, best
 from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step
 from diffpress.benchmarks.speed import Timings
-from diffpress.bundle import Bundle
+from diffpress.bundle import Bundle, denoiser_bytes
 from diffpress.plan import Sampling, StepProgram
 
 
@@ -46,12 +46,9 @@ def sizes(bundle: Bundle) -> dict[str, Any]:
             name = f"{parts[0]}/" if len(parts) > 1 else "manifest"
             folders[name] = folders.get(name, 0) + file.stat().st_size
     folders.pop("report/", None)
-    # The graphs of one dialect and the weights: a run reads no more.
-    graphs = (file for file in bundle.path.glob("unet/*.onnx*") if not file.name.endswith(".onnxruntime.onnx"))
-    denoiser = sum(file.stat().st_size for file in graphs)
     return {
         "denoiser_reference": bundle.manifest.get("sizes", {}).get("denoiser_reference"),
-        "denoiser_compressed": denoiser,
+        "denoiser_compressed": denoiser_bytes(bundle.path),
         "bundle": sum(folders.values()),
         "folders": dict(sorted(folders.items())),
     }

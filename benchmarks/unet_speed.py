@@ -29,12 +29,13 @@ from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.export import dialect, graphs, qdq, store
 from diffpress.export.attention import fuse_attention
 from diffpress.export.graphs import GraphSpec
-from diffpress.plan import LayerQuant
+from diffpress.export.ship import dialect_file_of, file_of
+from diffpress.plan import FULL, LayerQuant
 from diffpress.runtime.backends import open_session
 
 SIDE, TOKENS, WIDTH = 64, 77, 768
 CEILING = 2048  # rows, columns and depth of the products that measure the machine
-STANDARD, DIALECT = "model.onnx", "model.onnxruntime.onnx"
+STANDARD, DIALECT = file_of(FULL), dialect_file_of(FULL)
 # graph, backend, precision of what is not quantized
 RUNS = {
     "openvino fp32": (f"fp32/{STANDARD}", "openvino", "fp32"),

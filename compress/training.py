@@ -35,9 +35,7 @@ def state_folder(name: str, settings: object, work: Work, calls: Iterable[Call] 
     """Where pass `name` keeps its state: keyed by what `work.scratch` is not, its settings, the plan so far, data."""
     state = hashlib.sha256(repr(settings).encode())
     for path, layer in work.quantization.items():
-        state.update(f"{path} {layer.weight_format} {layer.input_format}".encode())
-        for array in (layer.weight_scale, layer.input_scale, layer.multiplier):
-            state.update(b"-" if array is None else array.tobytes())
+        state.update(f"{path} ".encode() + layer.contents())
     for call in calls:
         state.update(call.sample.cpu().contiguous().numpy().tobytes() + repr(call.timestep.tolist()).encode())
     return work.scratch / f"{name}-{state.hexdigest()[:16]}"

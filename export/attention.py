@@ -28,11 +28,11 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def _fused(graph: ir.Graph, softmax: ir.Node) -> bool:
-    logits, product = _made(softmax.inputs[0], "MatMul"), _only_user(softmax, "MatMul")
+    logits, product = made_by(softmax.inputs[0], "MatMul"), _only_user(softmax, "MatMul")
     if logits is None or product is None or product.inputs[0] is not softmax.outputs[0]:
         return False
     turned = _only_user(product, "Transpose")
-    joined = _only_user(turned, "Reshape") if turned is not None and _permutation(turned) == SPLIT else None
+    joined = _only_user(turned, "Reshape") if turned is not None and permutation(turned) == SPLIT else None
     query, scale = _without_scale(logits.inputs[0])
     parts = [_unsplit(query, SPLIT), _unsplit(logits.inputs[1], KEYS), _unsplit(product.inputs[1], SPLIT)]
     if joined is None or scale is None or any(part is None for part in parts):
@@ -57,8 +57,8 @@ def _fused(graph: ir.Graph, softmax: ir.Node) -> bool:
 
 def _unsplit(value: ir.Value | None, order: tuple[int, ...]) -> tuple[ir.Value, int] | None:
     """[N, T, heads d] and heads of what was split into heads and transposed to `order`."""
-    turned = _made(value, "Transpose")
-    split = _made(turned.inputs[0], "Reshape") if turned is not None and _permutation(turned) == order else None
+    turned = made_by(value, "Transpose")
+    split = made_by(turned.inputs[0], "Reshape") if turned is not None and permutation(turned) == order else None
     if split is None or split.inputs[0] is None:
         return None
     shape, source = split.outputs[0].shape, split.inputs[0]
@@ -69,7 +69,7 @@ def _unsplit(value: ir.Value | None, order: tuple[int, ...]) -> tuple[ir.Value, 
 
 def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float | None]:
     """The queries before they are multiplied by a constant, and the constant."""
-    node = _made(value, "Mul")
+    node = made_by(value, "Mul")
     if node is None:
         return value, 1.0
     first, second = node.inputs
@@ -79,7 +79,8 @@ def _without_scale(value: ir.Value | None) -> tuple[ir.Value | None, float | Non
     return source, float(factor.const_value.numpy().item())
 
 
-def _made(value: ir.Value | None, op: str) -> ir.Node | None:
+def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
+    """The node of the standard operator `op` that gives `value`; None where another does."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op and not node.domain else None
 
@@ -92,6 +93,7 @@ def _only_user(node: ir.Node, op: str) -> ir.Node | None:
     return users[0].node
 
 
-def _permutation(node: ir.Node) -> tuple[int, ...]:
+def permutation(node: ir.Node) -> tuple[int, ...]:
+    """Of a Transpose."""
     attribute = node.attributes.get("perm")
     return () if attribute is None else tuple(attribute.as_ints())

@@ -8,8 +8,8 @@ and, doubled, in int8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from diffpress.compress.numerics.formats import Format, fake_quant, get, to_grid
-from diffpress.compress.numerics.simulate import rounded_weight
+from diffpress.compress.numerics.simulate import replaced, rounded_weights
 from diffpress.plan import LayerQuant
 
 WEIGHTS = ("int4", "int8", "e4m3")  # storage that graphs know, the narrower first
@@ -60,24 +60,15 @@ def types(weight: str, inputs: str | None) -> set[str]:
     return {{"e4m3": "fp8"}.get(name, name) for name in (shipped.weight_format, shipped.input_format) if name}
 
 
-@contextmanager
-def settled(denoiser: nn.Module, quantization: Mapping[str, LayerQuant]) -> Iterator[None]:
+def settled(denoiser: nn.Module, quantization: Mapping[str, LayerQuant]) -> AbstractContextManager[None]:
     """Within the block weights that ship in another format than decided are rounded to the grid that was decided.
 
     The finer grid that they ship in would hold other numbers of a float weight than the plan's.
     """
-    kept: dict[str, torch.Tensor] = {}
-    try:
-        for name, layer in quantization.items():
-            if deployable(layer).weight_format != layer.weight_format:
-                module = denoiser.get_submodule(name)
-                assert isinstance(module.weight, torch.Tensor)
-                kept[name] = module.weight.data
-                module.weight.data = rounded_weight(module.weight.data, layer)
-        yield
-    finally:
-        for name, data in kept.items():
-            denoiser.get_submodule(name).weight.data = data
+    moved = {
+        name: layer for name, layer in quantization.items() if deployable(layer).weight_format != layer.weight_format
+    }
+    return replaced(denoiser, rounded_weights(denoiser, moved))
 
 
 def _holding(name: str, scale: np.ndarray, known: tuple[str, ...]) -> tuple[str, np.ndarray] | None:

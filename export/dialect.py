@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from diffpress.export.attention import CONTRIB, fuse_attention
+from diffpress.export.attention import CONTRIB, fuse_attention, made_by, permutation
 
 ZERO = 128  # of uint8, where int8 has 0
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -64,8 +64,8 @@ class _Layer:
 def _matched(node: ir.Node) -> _Layer | None:
     if node.op_type not in ("Conv", "MatMul", "Gemm") or node.domain or len(node.inputs) < 2:
         return None
-    activation, weight = _producer(node.inputs[0], "DequantizeLinear"), _producer(node.inputs[1], "DequantizeLinear")
-    rounded = _producer(activation.inputs[0], "QuantizeLinear") if activation is not None else None
+    activation, weight = made_by(node.inputs[0], "DequantizeLinear"), made_by(node.inputs[1], "DequantizeLinear")
+    rounded = made_by(activation.inputs[0], "QuantizeLinear") if activation is not None else None
     if rounded is None or weight is None or not _symmetric(rounded) or len(weight.inputs) > 2:
         return None
     source, scale = rounded.inputs[0], rounded.inputs[1]
@@ -122,8 +122,8 @@ class _Graph:
         key = ("rounded", source.name or "", layer.scale.name or "", image)
         if key not in self.shared:
             stem = f"{source.name}_{layer.scale.name}_{'rows' if image else 'u8'}"
-            last = _producer(source, "Transpose")
-            turned = image and last is not None and _permutation(last) == CHANNELS_FIRST
+            last = made_by(source, "Transpose")
+            turned = image and last is not None and permutation(last) == CHANNELS_FIRST
             taken = last.inputs[0] if turned and last is not None else source
             zero = self.constant("zero_point_uint8", np.array(ZERO, np.uint8))
             value = self.before(layer.node, "QuantizeLinear", [taken, layer.scale, zero], f"{stem}_q")
@@ -178,7 +178,7 @@ def _convolution(graph: _Graph, layer: _Layer) -> None:
     product = graph.product(layer, rows, _kernel_last(graph, layer))
     image = graph.before(node, "Reshape", [product, graph.shape(0, height, width, outs)], f"{name}_image")
     for user, _ in list(layer.output.uses()):
-        if user.op_type == "Transpose" and _permutation(user) == CHANNELS_LAST:
+        if user.op_type == "Transpose" and permutation(user) == CHANNELS_LAST:
             _replace(user.outputs[0], image)
     if layer.output.uses() or layer.output.is_graph_output():
         _replace(layer.output, graph.before(node, "Transpose", [image], f"{name}_first", perm=list(CHANNELS_FIRST)))
@@ -266,20 +266,11 @@ def _name(node: ir.Node) -> str:
     return node.name or f"node_{node.outputs[0].name}"
 
 
-def _producer(value: ir.Value | None, op: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op and not node.domain else None
-
-
 def _sizes(value: ir.Value) -> tuple[int, int, int]:
     """C, H and W of an image."""
     assert value.shape is not None
     channels, height, width = (int(size) for size in value.shape[1:])  # type: ignore[arg-type]
     return channels, height, width
-
-
-def _permutation(node: ir.Node) -> tuple[int, ...]:
-    return _ints(node, "perm", ())
 
 
 def _ints(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import diffpress
+from diffpress.bundle import DIALECT, denoiser_bytes
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, parity, qdq, store
@@ -56,7 +57,7 @@ def file_of(variant: str) -> str:
 
 def dialect_file_of(variant: str) -> str:
     """The same graph in ONNX Runtime's dialect, which reads the same data file; `runtime.backends` knows the ending."""
-    return f"{Path(file_of(variant)).stem}.onnxruntime.onnx"
+    return f"{Path(file_of(variant)).stem}{DIALECT}"
 
 
 @torch.no_grad()
@@ -137,17 +138,6 @@ def ship(
         **entries,
         "sizes": {**entries.get("sizes", {}), "denoiser_compressed": denoiser_bytes(folder)},
     }
-
-
-def denoiser_bytes(folder: Path) -> int:
-    """Bytes of the denoiser's standard graphs and their weights; a run reads these or a dialect's graphs, not both."""
-    other = folder_bytes(folder / "unet", ".onnxruntime.onnx")
-    return folder_bytes(folder / "unet", ".onnx*") - other
-
-
-def folder_bytes(folder: Path, pattern: str = "*") -> int:
-    """Bytes of a folder's files; `pattern` is the end of their names."""
-    return sum(file.stat().st_size for file in folder.rglob(f"*{pattern}") if file.is_file())
 
 
 def _checked(file: Path, spec: GraphSpec) -> dict[str, Any]:

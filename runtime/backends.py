@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diffpress.bundle import DIALECT
 from diffpress.errors import DiffpressError, require
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 PRECISIONS = ("fp32", "bf16")
-DIALECT = f".{ONNXRUNTIME}.onnx"  # the end of the names of graphs in ONNX Runtime's dialect
 Feeds = Mapping[str, np.ndarray]
 
 

@@ -61,6 +61,26 @@ def _along_input(multiplier: Any, x: Tensor, axis: int) -> Tensor | float:
     return torch.from_numpy(multiplier).to(x).reshape([-1 if dim == axis else 1 for dim in range(x.ndim)])
 
 
+def rounded_weights(denoiser: nn.Module, quantization: Mapping[str, LayerQuant]) -> dict[str, Tensor]:
+    """`rounded_weight` of every layer, by the path of the parameter."""
+    paths = {f"{name}.weight": layer for name, layer in quantization.items()}
+    return {path: rounded_weight(denoiser.get_parameter(path).data, layer) for path, layer in paths.items()}
+
+
+@contextmanager
+def replaced(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block parameters of `network`, by path, have other values; theirs come back as they were."""
+    parameters = {path: network.get_parameter(path) for path in values}
+    kept = {path: parameter.data for path, parameter in parameters.items()}
+    try:
+        for path, parameter in parameters.items():
+            parameter.data = values[path].to(parameter.data)
+        yield
+    finally:
+        for path, parameter in parameters.items():
+            parameter.data = kept[path]
+
+
 @contextmanager
 def simulated(
     denoiser: nn.Module, quantization: Mapping[str, LayerQuant], timesteps: Sequence[float] = (0.0,)
@@ -69,7 +89,6 @@ def simulated(
 
     `timesteps` is the sampling schedule that per-step scales belong to.
     """
-    kept: dict[str, Tensor] = {}
     clock = Clock.of(timesteps)
     hooks = []
 
@@ -80,15 +99,9 @@ def simulated(
         if any(layer.input_scale is not None and len(layer.input_scale) > 1 for layer in quantization.values()):
             hooks.append(clock.watch(denoiser))
         for name, layer in quantization.items():
-            module = denoiser.get_submodule(name)
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            kept[name] = weight.data
-            weight.data = rounded_weight(weight.data, layer)
-            hooks.append(module.register_forward_pre_hook(rounds(layer)))
-        yield
+            hooks.append(denoiser.get_submodule(name).register_forward_pre_hook(rounds(layer)))
+        with replaced(denoiser, rounded_weights(denoiser, quantization)):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for name, data in kept.items():
-            denoiser.get_submodule(name).weight.data = data

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.compress.families import unet as family
+from diffpress.compress.names import require_matches
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.quantize.budget import FLOAT_BYTES, Budget, Layer, Option, choose
@@ -55,11 +56,7 @@ class MixedPrecisionPass:
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` for a pattern that matches nothing, nothing to choose from, or a missing scorer."""
         modules = _modules(work)
-        for pattern in self.override:
-            if not any(fnmatch(name, pattern) for name in modules):
-                raise DiffpressError(
-                    f"mixed-precision: override pattern '{pattern}' matches no layer, such as '{next(iter(modules))}'"
-                )
+        require_matches("mixed-precision: override", self.override, modules)
         if not self.candidates and not work.quantization:
             raise DiffpressError("mixed-precision: name formats as candidates, or put 'quantize' before it")
         if any(f"{name}.weight" in work.originals for name in modules):

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from diffpress.compress.cache.execute import replay
 from diffpress.compress.families import unet as family
+from diffpress.compress.names import by_reason, require_matches
 from diffpress.compress.numerics.formats import FORMATS, Format, get
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError, require
 from diffpress.plan import LayerQuant
 
 EPSILON = 2.0**-24  # an amax that counts as none, as in its tensor_quant
-NAMED = 6  # layers that a summary names; all are in the table
 # It would pad each row of a kernel to a block, which takes hundreds of times the weight's memory and gives no format.
 KERNELS = "blocks would lie along the width of kernels"
 NVFP4 = ((2, 1), (4, 3))  # bits of its numbers and of the scales of their blocks
@@ -62,11 +62,7 @@ class ModeloptPass:
         if work.quantization:
             raise DiffpressError("modelopt starts from a float model: put it in the place of 'quantize', not after it")
         names = family.quantizable(work.denoiser)
-        for pattern in self.exclude:
-            if not any(fnmatch(name, pattern) for name in names):
-                raise DiffpressError(
-                    f"modelopt: exclude pattern '{pattern}' matches no layer, such as '{next(iter(names))}'"
-                )
+        require_matches("modelopt: exclude", self.exclude, names)
         if not self.layers(work):
             raise DiffpressError("modelopt: the exclude patterns leave no layer to quantize")
 
@@ -327,11 +323,4 @@ def _format(quantizer: Any) -> Format:
 
 def _told(left: Mapping[str, str]) -> str:
     """What was left out, by reason."""
-    groups: dict[str, list[str]] = {}
-    for path, why in left.items():
-        groups.setdefault(why, []).append(path)
-    parts = []
-    for why, paths in groups.items():
-        more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-        parts.append(f"{len(paths)} because {why} ({', '.join(paths[:NAMED])}{more})")
-    return "; ".join(parts)
+    return "; ".join(f"{count} because {why} ({names})" for why, count, names in by_reason(left))

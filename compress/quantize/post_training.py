@@ -25,6 +25,7 @@ from diffpress.calibration.statistics import (
     unreached,
 )  # fmt: skip
 from diffpress.compress.families import unet as family
+from diffpress.compress.names import by_reason, require_matches
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import (
     block_of,
@@ -59,7 +60,6 @@ FORMATS: dict[str, tuple[str, str | None]] = {
 WIDER = {"int4": "int8", "e2m1": "e4m3", "float4": "float8"}  # for the layers of `keep_eight_bits`
 FOUR_BIT_EXCEPTIONS = ("*conv_shortcut", "*downsamplers*", "*upsamplers*")
 SMALLEST_BLOCK = 16  # below it the scales would take more room than the numbers; an odd layer has one per channel
-NAMED = 6  # layers that a summary names for one reason
 SAMPLES = 512  # rows or crops of a layer's input that a search for its multiplier looks at
 
 
@@ -92,17 +92,9 @@ class QuantizePass:
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` when a pattern matches nothing or options contradict each other."""
         names = family.quantizable(work.denoiser)
-        for pattern in self.exclude:
-            if not any(fnmatch(name, pattern) for name in names):
-                raise DiffpressError(
-                    f"quantize: exclude pattern '{pattern}' matches no layer, such as '{next(iter(names))}'"
-                )
+        require_matches("quantize: exclude", self.exclude, names)
         if self.keep_eight_bits != FOUR_BIT_EXCEPTIONS:
-            for pattern in self.keep_eight_bits:
-                if not any(fnmatch(name, pattern) for name in names):
-                    raise DiffpressError(
-                        f"quantize: keep_eight_bits pattern '{pattern}' matches no layer, such as '{next(iter(names))}'"
-                    )
+            require_matches("quantize: keep_eight_bits", self.keep_eight_bits, names)
         if not self._layers(work):
             raise DiffpressError("quantize: the exclude patterns leave no layer to quantize")
         weights_only = FORMATS[self.format][1] is None
@@ -253,14 +245,7 @@ def _useless(seen: Mapping[str, list[AbsHistogram]]) -> dict[str, str]:
 
 def _told(left: Mapping[str, str]) -> str:
     """The layers that were left, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for name, why in left.items():
-        reasons.setdefault(why, []).append(name)
-    parts = []
-    for why, names in reasons.items():
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        parts.append(f"{', '.join(names[:NAMED])}{more} ({why})")
-    return "; ".join(parts)
+    return "; ".join(f"{names} ({why})" for why, _, names in by_reason(left))
 
 
 def _quantize_layer(

@@ -14,7 +14,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +30,10 @@ from torch.func import functional_call
 from diffpress.calibration.capture import Call
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import unet as family
+from diffpress.compress.names import require_matches
 from diffpress.compress.numerics import adaround
 from diffpress.compress.numerics.formats import get
-from diffpress.compress.numerics.simulate import rounded_weight, simulated
+from diffpress.compress.numerics.simulate import replaced, rounded_weight, simulated
 from diffpress.compress.quantize.samples import Samples, capture, chosen_calls, hidden_state
 from diffpress.compress.training import state_folder
 from diffpress.compress.work import Work
@@ -64,12 +65,7 @@ class ReconstructPass:
         """Raises `DiffpressError` without a quantized layer to refine, or for a pattern that matches no unit."""
         if not work.quantization:
             raise DiffpressError("reconstruct refines a quantized model: put 'quantize' before it in the recipe")
-        names = family.units(work.denoiser)
-        for pattern in self.exclude:
-            if not any(fnmatch(name, pattern) for name in names):
-                raise DiffpressError(
-                    f"reconstruct: exclude pattern '{pattern}' matches no unit, such as '{next(iter(names))}'"
-                )
+        require_matches("reconstruct: exclude", self.exclude, family.units(work.denoiser), "unit")
         if not self.learned(work):
             raise DiffpressError("reconstruct: no unit that is not excluded has a quantized layer")
 
@@ -151,19 +147,11 @@ class State:
         prefix = {name: layer for name, layer in self.work.quantization.items() if name not in self.waiting}
         return simulated(self.work.denoiser, prefix, self.work.sampling.timesteps)
 
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
+    def full_precision(self) -> AbstractContextManager[None]:
         """Within the block, the denoiser as it was before any pass rounded a weight."""
         present = dict(self.work.denoiser.named_parameters())  # tables may stand in the place of others
-        parameters = {path: present[path] for path in self.work.originals if path in present}
-        kept = {path: parameter.data for path, parameter in parameters.items()}
-        try:
-            for path, parameter in parameters.items():
-                parameter.data = self.work.originals[path].to(parameter.data)
-            yield
-        finally:
-            for path, parameter in parameters.items():
-                parameter.data = kept[path]
+        originals = {path: value for path, value in self.work.originals.items() if path in present}
+        return replaced(self.work.denoiser, originals)
 
 
 def optimise(

@@ -162,7 +162,5 @@ def digest(context: str, layers: Mapping[str, LayerQuant]) -> str:
     """Identifies what a number was measured of: these layers quantized so, and `context`, the key of a `probe`."""
     state = hashlib.sha256(context.encode())
     for name, quant in layers.items():
-        state.update(f" {name} {quant.name}".encode())
-        for array in (quant.weight_scale, quant.input_scale, quant.multiplier):
-            state.update(b"-" if array is None else array.tobytes())
+        state.update(f" {name} ".encode() + quant.contents())
     return state.hexdigest()[:24]

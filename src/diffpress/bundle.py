@@ -21,6 +21,7 @@ from diffpress.errors import DiffpressError
 
 MANIFEST = "diffpress.json"
 FORMAT = 1  # of the manifest; a reader refuses a newer one
+DIALECT = ".onnxruntime.onnx"  # the end of the names of graphs in ONNX Runtime's dialect
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,8 @@ def update(bundle: Bundle, **changes: Any) -> Bundle:
     """Change top-level entries of the manifest and take in files that were added (engines, reports)."""
     write_manifest(bundle.path, {**bundle.manifest, **changes})
     return read(bundle.path)
+
+
+def denoiser_bytes(folder: Path) -> int:
+    """Bytes of the denoiser's standard graphs and their weights; a run reads these or a dialect's graphs, not both."""
+    return sum(file.stat().st_size for file in folder.glob("unet/*.onnx*") if not file.name.endswith(DIALECT))

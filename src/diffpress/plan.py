@@ -132,6 +132,12 @@ class LayerQuant:
         same = self.input_format == self.weight_format
         return self.weight_format if same else f"{self.weight_format} x {self.input_format}"
 
+    def contents(self) -> bytes:
+        """All that it holds, for the key of a result that depends on it."""
+        arrays = (self.weight_scale, self.input_scale, self.multiplier)
+        parts = (b"-" if array is None else array.tobytes() for array in arrays)
+        return f"{self.weight_format} {self.input_format}".encode() + b"".join(parts)
+
 
 @dataclass(frozen=True)
 class TemporalTable:
