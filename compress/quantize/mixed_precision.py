@@ -116,7 +116,9 @@ class MixedPrecisionPass:
                     wanted.setdefault(format, {})[name] = module
         for format in [*self.candidates, *(format for format in wanted if format not in self.candidates)]:
             if format in wanted:
-                made = quantize_layers(work, QuantizePass(format=format, keep_eight_bits=()), wanted[format])
+                made = quantize_layers(
+                    work, QuantizePass(format=format, keep_eight_bits=(), float_inputs=()), wanted[format]
+                )
                 for name, quant in made.items():
                     found[name].setdefault(quant.name, quant)
         return found

@@ -59,6 +59,9 @@ FORMATS: dict[str, tuple[str, str | None]] = {
 }
 WIDER = {"int4": "int8", "e2m1": "e4m3", "float4": "float8"}  # for the layers of `keep_eight_bits`
 FOUR_BIT_EXCEPTIONS = ("*conv_shortcut", "*downsamplers*", "*upsamplers*")
+# Two joined ranges, and what they make goes on to the output: on `shapes` one of them makes most of INT8's error. They
+# are a hundredth of the work; nvidia-modelopt's own diffusion examples keep them in float, too.
+SHORTCUTS = ("*conv_shortcut",)
 SMALLEST_BLOCK = 16  # below it the scales would take more room than the numbers; an odd layer has one per channel
 SAMPLES = 512  # rows or crops of a layer's input that a search for its multiplier looks at
 
@@ -68,8 +71,9 @@ class QuantizePass:
     """Number formats for weights and layer inputs, and how their ranges are found.
 
     `scaling` moves range between inputs and weights (`smooth` for quantized inputs, `awq` for weights alone); `split`
-    does so between the halves of a joined input. `scales` is how many input scales a layer has over the steps: one, two
-    to four groups of steps, or one for each. `exclude` keeps layers in float, by shell patterns over their paths.
+    does so between the halves of the joined inputs of shortcuts. `scales` is how many input scales a layer has over the
+    steps: one, two to four groups of steps, or one for each. `exclude` keeps layers in float, `float_inputs` only their
+    inputs, by shell patterns over their paths.
     """
 
     format: Format = "int8"
@@ -88,6 +92,10 @@ class QuantizePass:
     keep_eight_bits: Annotated[
         tuple[str, ...], Field(description="shell patterns of layers that get 8 bits where others get 4")
     ] = FOUR_BIT_EXCEPTIONS
+    float_inputs: Annotated[
+        tuple[str, ...] | None,
+        Field(description="shell patterns of layers whose weights alone get INT8; shortcuts, unless they are split"),
+    ] = None
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` when a pattern matches nothing or options contradict each other."""
@@ -95,6 +103,7 @@ class QuantizePass:
         require_matches("quantize: exclude", self.exclude, names)
         if self.keep_eight_bits != FOUR_BIT_EXCEPTIONS:
             require_matches("quantize: keep_eight_bits", self.keep_eight_bits, names)
+        require_matches("quantize: float_inputs", self.float_inputs or (), names)
         if not self._layers(work):
             raise DiffpressError("quantize: the exclude patterns leave no layer to quantize")
         weights_only = FORMATS[self.format][1] is None
@@ -133,6 +142,9 @@ class QuantizePass:
         if any(fnmatch(name, pattern) for pattern in self.keep_eight_bits):
             weight = WIDER.get(weight, weight)
             inputs = WIDER.get(inputs, inputs) if inputs else None
+        floating = (() if self.split else SHORTCUTS) if self.float_inputs is None else self.float_inputs
+        if any(fnmatch(name, pattern) for pattern in floating):
+            weight, inputs = "int8", None  # the best of the 8-bit types where nothing has to match the input's
         return weight, inputs
 
     def block_for(self, module: Layer, weight_format: str) -> int | None:

@@ -111,7 +111,7 @@ def test_steps_at_one_timestep_share_their_scale(repeating: Path) -> None:
     schedule = work.sampling.timesteps
     twin = next(row for row in range(1, len(schedule)) if schedule[row] == schedule[row - 1])
     assert len(schedule) == STEPS + 1
-    applied(work, scales="step")
+    applied(work, scales="step", float_inputs=())
     for layer in work.quantization.values():
         assert layer.input_scale is not None and len(layer.input_scale) == len(schedule)
         assert layer.input_scale[twin] == layer.input_scale[twin - 1]

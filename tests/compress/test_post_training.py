@@ -49,6 +49,7 @@ def test_every_format_quantizes_every_layer(work: Work, name: Any) -> None:
     assert f"{len(work.quantization)} layers to {name}" in summary
     narrow = "4" in name
     for path, layer in work.quantization.items():
+        assert ("conv_shortcut" not in path) or layer.input_format is None
         wide = any(part in path for part in ("conv_shortcut", "samplers"))
         assert get(layer.weight_format).bits == (4 if narrow and not wide and name != "fp8" else 8)
     assert 0 < error(work) < {8: 0.2, 4: 1.5}[4 if narrow else 8]
@@ -105,7 +106,8 @@ def test_steps_and_groups_have_their_scales_and_err_less(work: Work) -> None:
     applied(work, format=one, range="mse")
     plain = away()
     applied(work, format=one, range="mse", scales="step")
-    assert all(len(layer.input_scale) == STEPS for layer in work.quantization.values())  # type: ignore[arg-type]
+    scaled = [layer.input_scale for layer in work.quantization.values() if layer.input_scale is not None]
+    assert len(scaled) > 10 and all(len(scales) == STEPS for scales in scaled)
     assert away() < plain
     applied(work, format=one, scales=2)
     scales = work.quantization["mid_block.resnets.0.conv1"].input_scale
@@ -119,6 +121,7 @@ def test_smoothing_and_the_split_shortcut_choose_multipliers(work: Work) -> None
     assert len(smooth) > 10
     applied(work, format="w4a4-simulated", split=True)
     split = {name: layer.multiplier for name, layer in work.quantization.items() if layer.multiplier is not None}
+    assert all(layer.input_format for layer in work.quantization.values())  # shortcuts, too, where they are split
     joined = family.concatenations(work.denoiser)
     assert split and set(split) <= set(joined)
     for name, multiplier in split.items():
@@ -132,6 +135,7 @@ def test_smoothing_and_the_split_shortcut_choose_multipliers(work: Work) -> None
     [
         ({"exclude": ("nothing*",)}, r"exclude pattern 'nothing\*' matches no layer, such as 'down_blocks"),
         ({"keep_eight_bits": ("nothing*",)}, r"keep_eight_bits pattern 'nothing\*' matches no layer"),
+        ({"float_inputs": ("nothing*",)}, r"float_inputs pattern 'nothing\*' matches no layer"),
         ({"exclude": ("*",)}, "leave no layer to quantize"),
         ({"format": "int4", "scaling": "smooth"}, "leaves inputs in float"),
         ({"format": "int4", "scales": "step"}, "leaves inputs in float"),

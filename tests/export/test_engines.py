@@ -188,6 +188,7 @@ def quantized(_handmade: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         (("int8", "int8"), ["sm75", "sm80", "sm89"], "int8+fp32"),  # sm86, sm120 and sm121 are built elsewhere here
         (("e4m3", "e4m3"), ["sm89", "sm121"], "fp8+fp32"),
         (("int4", None), ["sm80", "sm121"], "int4+fp32"),
+        (("int8", None), ["sm80"], "int8+fp32"),
         (("e2m1", "e4m3"), ["sm120"], "fp8+fp32"),
         (("int4", "int8"), ["sm86"], "int8+fp32"),
     ],
