@@ -12,8 +12,7 @@ import dataclasses
 import json
 import math
 import re
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from diffpress.benchmarks import candidates, machine, prompts, scores
 from diffpress.benchmarks.candidates import Drawn, Reference
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import simulated
+from diffpress.compress.quantize.post_training import SHORTCUTS
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.run import run
 from diffpress.compress.work import Work
@@ -35,7 +35,7 @@ KEPT = 16  # images whose latents are compared step by step
 EMPTY = dict.fromkeys(("speedup_vs_eager", "speedup_vs_uncompressed"))
 EVERY_STEP = {"method": "every-step", "prompts": 12}  # of 4, ranges fit the prompts too well
 # Iterations of a unit and of finetuning: enough for a small model on two cores, a tenth and less of the papers'.
-RECONSTRUCT = {"reconstruct": {"iterations": 400, "scale_iterations": 100, "calls": 128}}
+RECONSTRUCT = {"reconstruct": {"iterations": 600, "scale_iterations": 150, "calls": 128}}
 FINETUNE = {"finetune": {"iterations": 400}}
 CONVOLUTIONS = ("*.conv*", "*.proj_in", "*.proj_out", "*samplers*")
 
@@ -48,6 +48,10 @@ class Row:
     passes: tuple[Any, ...]
     calibration: Mapping[str, Any] | None = None
     quick: bool = False
+
+    def beginning(self, count: int) -> tuple[Any, ...]:
+        """What the first `count` passes depend on."""
+        return self.calibration, self.passes[:count]
 
     def recipe(self, name: str) -> Recipe:
         """As `diffpress compress` would read it."""
@@ -68,14 +72,19 @@ def table() -> dict[str, Row]:
         )
     for name in ("max", "percentile", "mse", "entropy"):
         rows[f"int8, {name} ranges"] = Row("INT8 by range", (_quantize("int8", range=name),))
-    rows["int8, SmoothQuant"] = Row("INT8 refined", (_quantize("int8", scaling="smooth"),))
-    rows["int8, split shortcut"] = Row("INT8 refined", (_quantize("int8", split=True),))
-    for label, scales in {"3 groups of steps": 3, "a scale per step": "step"}.items():
-        rows[f"int8, {label}"] = Row("INT8 refined", (_quantize("int8", scales=scales),), EVERY_STEP)
-    both = {"scaling": "smooth", "split": True, "scales": "step"}
-    rows["int8, all three"] = Row("INT8 refined", (_quantize("int8", **both),), EVERY_STEP)
-    for name, fields in {
+    refined: dict[str, tuple[dict[str, Any], Mapping[str, Any] | None]] = {
+        "shortcuts quantized, too": ({"float_inputs": ()}, None),
+        "shortcuts quantized and split": ({"split": True}, None),
+        "SmoothQuant": ({"scaling": "smooth"}, None),
+        "3 groups of steps": ({"scales": 3}, EVERY_STEP),
+        "a scale per step": ({"scales": "step"}, EVERY_STEP),
+        "SmoothQuant and a scale per step": ({"scaling": "smooth", "scales": "step"}, EVERY_STEP),
+    }
+    for name, (fields, calibration) in refined.items():
+        rows[f"int8, {name}"] = Row("INT8 refined", (_quantize("int8", **fields),), calibration)
+    others: dict[str, dict[str, Any]] = {
         "fp8": {"format": "fp8"},
+        "fp8, max ranges": {"format": "fp8", "range": "max"},
         "fp8, SmoothQuant": {"format": "fp8", "scaling": "smooth"},
         "float8-simulated": {"format": "float8-simulated"},
         "fp4 weights, fp8 inputs": {"format": "fp4"},
@@ -84,36 +93,45 @@ def table() -> dict[str, Row]:
         "int4 weights, blocks of 128": {"format": "int4", "block": 128},
         "int4 weights, AWQ": {"format": "int4", "scaling": "awq"},
         "int4 weights, AWQ, linear layers": {"format": "int4", "scaling": "awq", "exclude": CONVOLUTIONS},
-    }.items():
+    }
+    for name, fields in others.items():
         rows[name] = Row("other formats", ({"quantize": fields},), quick=name in ("fp8", "int4 weights, blocks of 64"))
+    rows["fp8, a scale per step"] = Row("other formats", (_quantize("fp8", scales="step"),), EVERY_STEP)
     for bits in ("W4A8", "W4A4"):
         rows |= _four_bits(bits, f"{bits.lower()}-simulated")
     for name in ("INT8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "FP8_DEFAULT_CFG", "INT4_AWQ_CFG"):
         rows[f"modelopt {name}"] = Row("nvidia-modelopt", ({"modelopt": {"config": name}},))
+    for name in ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"):
+        as_ours = {"modelopt": {"config": name, "exclude": SHORTCUTS}}
+        rows[f"modelopt {name}, shortcuts in float"] = Row("nvidia-modelopt", (as_ours,))
     return rows
 
 
 def _four_bits(bits: str, format: str) -> dict[str, Row]:
     """The methods that few bits need. Time layers stay in float but where a row's name speaks of them."""
-    nearest = _quantize(format, range="max", weight_range="max")
-    stepped = _quantize(format, split=True, scales="step")
-    learned = (stepped, RECONSTRUCT)
+    largest = {"range": "max", "weight_range": "max"}
+    shortcuts = {"keep_eight_bits": ("*samplers*",), "float_inputs": ()}
+    learned = (_quantize(format), RECONSTRUCT)
+    stepped = (_quantize(format, scales="step"), RECONSTRUCT)
     chains: dict[str, tuple[tuple[Any, ...], Mapping[str, Any] | None]] = {
-        "round to nearest": ((nearest,), None),
+        "round to nearest": ((_quantize(format, **largest),), None),
         "round to nearest, every layer": (
-            (_quantize(format, range="max", weight_range="max", keep_eight_bits=()), _temporal("round-to-nearest")),
+            (
+                _quantize(format, **largest, keep_eight_bits=(), float_inputs=()),
+                _temporal("round-to-nearest"),
+            ),
             None,
         ),
         "searched ranges": ((_quantize(format),), None),
-        "Q-Diffusion without split": ((_quantize(format), RECONSTRUCT), None),
-        "Q-Diffusion": ((_quantize(format, split=True), RECONSTRUCT), None),
-        "scales per step": ((stepped,), EVERY_STEP),
-        "Q-Diffusion with scales per step": (learned, EVERY_STEP),
-        "the same, time layers to nearest": ((*learned, _temporal("round-to-nearest")), EVERY_STEP),
-        "TFMQ-DM": ((*learned, _temporal("reconstruct")), EVERY_STEP),
-        "Temporal Feature Matters": ((*learned, _temporal("select")), EVERY_STEP),
-        "QuEST": ((*learned, _temporal("reconstruct"), FINETUNE), EVERY_STEP),
-        "QuEST with time tables": ((*learned, "temporal-table", FINETUNE), EVERY_STEP),
+        "searched ranges, shortcuts too": ((_quantize(format, **shortcuts),), None),
+        "searched ranges, shortcuts too, split": ((_quantize(format, **shortcuts, split=True),), None),
+        "Q-Diffusion": (learned, None),
+        "Q-Diffusion, time layers to nearest": ((*learned, _temporal("round-to-nearest")), None),
+        "Q-Diffusion, time layers reconstructed": ((*learned, _temporal("reconstruct")), None),
+        "QuEST": ((*learned, _temporal("reconstruct"), FINETUNE), None),
+        "Q-Diffusion with a scale per step": (stepped, EVERY_STEP),
+        "TFMQ-DM": ((*stepped, _temporal("reconstruct")), EVERY_STEP),
+        "Temporal Feature Matters": ((*stepped, _temporal("select")), EVERY_STEP),
     }
     return {
         f"{bits} {name}": Row(bits, passes, calibration, quick=name == "round to nearest")
@@ -163,11 +181,9 @@ def measure(
     scratch: Path,
 ) -> tuple[dict[str, Any], Drawn]:
     """The row's entry, and what it drew. `scratch` is where passes keep unfinished work."""
-    began = time.perf_counter()
     work = api.begin("shapes", row.recipe(name), steps=base.sampling.steps, quiet=True)
     work.scratch = scratch  # shared: rows that begin alike learn the same units
     passes = run(row.recipe(name).built(), work)
-    seconds = time.perf_counter() - began
     seeds = list(range(len(chosen.texts)))
     with simulated(work.denoiser, work.quantization, work.sampling.timesteps):
         drawn = candidates.draw(Reference(work.pipeline, work.sampling), chosen.texts, seeds, 30, KEPT)
@@ -181,15 +197,32 @@ def measure(
         "bytes": stored_bytes(work),
         "params": sum(parameter.numel() for parameter in work.denoiser.parameters()),
     }
-    compared: dict[str, Any] = {"latent_rel_l2": 0.0, "psnr_db": None, "ssim": 1.0, "latent_rel_l2_per_step": None}
+    compared: dict[str, Any] = {
+        "latent_rel_l2": 0.0,
+        "latent_rel_l2_median": 0.0,
+        "psnr_db": None,
+        "ssim": 1.0,
+        "latent_rel_l2_per_step": None,
+    }
     if reference is not None:
         found = scores.distances(drawn, reference)
-        compared = {key: found[key] for key in ("latent_rel_l2", "psnr_db", "ssim")}
+        compared = {key: found[key] for key in ("latent_rel_l2", "latent_rel_l2_median", "psnr_db", "ssim")}
         compared["latent_rel_l2_per_step"] = scores.error_per_step(drawn, reference)
     entry |= compared | EMPTY
     entry |= {key: getattr(content, key) for key in ("clip_score", "frechet", "attribute_accuracy")}
     notes = [f"{result.name}: {result.summary}" for result in passes]
-    return entry | {"seconds": seconds, "deploys": deploying(work), "passes": notes}, drawn
+    spent = [result.seconds for result in passes]
+    return entry | {"seconds": sum(spent), "deploys": deploying(work), "passes": notes, "pass_seconds": spent}, drawn
+
+
+def alone(entry: Mapping[str, Any], rows: Mapping[str, Row], entries: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds the row's passes take where no other row has begun alike: what one row learns, the next reads."""
+    row = rows[entry["name"]]
+    total = 0.0
+    for count in range(1, len(row.passes) + 1):
+        alike = (other for other in entries if rows[other["name"]].beginning(count) == row.beginning(count))
+        total += max(other["pass_seconds"][count - 1] for other in alike)
+    return total
 
 
 def _stored(file: Path) -> Drawn | None:
@@ -234,7 +267,7 @@ def main() -> None:
         "versions": machine.versions(),
         "sampling": {"scheduler": base.sampling.scheduler, "steps": steps, "guidance": base.sampling.guidance_scale},
         "images": images,
-        "rows": entries,
+        "rows": [entry | {"seconds": alone(entry, rows, entries)} for entry in entries],
     }
     options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 

@@ -26,6 +26,7 @@ from diffpress.calibration.statistics import observe_inputs
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import weight_scale
+from diffpress.compress.quantize.post_training import QuantizePass
 from diffpress.export import dialect, graphs, qdq, store
 from diffpress.export.attention import fuse_attention
 from diffpress.export.graphs import GraphSpec
@@ -78,7 +79,7 @@ def inputs(batch: int) -> dict[str, Tensor]:
 
 
 def quantization(unet: Any, feeds: dict[str, Tensor]) -> dict[str, LayerQuant]:
-    """INT8 for every layer that `quantize` would take, ranges by their maxima over one call."""
+    """INT8 as `quantize` gives it by default, ranges by their maxima over one call."""
     layers = family.quantizable(unet)
     call = Call(feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"])
 
@@ -86,13 +87,14 @@ def quantization(unet: Any, feeds: dict[str, Tensor]) -> dict[str, LayerQuant]:
         return unet(one.sample, one.timestep, encoder_hidden_states=one.text)
 
     seen = observe_inputs(run, layers, [call], lambda items, _: items)
-    int8 = get("int8")
-    return {
-        name: LayerQuant(
-            weight_scale(module.weight, int8, "max").numpy(), np.array([seen[name][0].amax / 127], np.float32)
-        )
-        for name, module in layers.items()
-    }
+    options = QuantizePass(format="int8")
+    found = {}
+    for name, module in layers.items():
+        weight_format, input_format = options.formats_of(name)
+        scale = weight_scale(module.weight, get(weight_format), "max").numpy()
+        largest = np.array([seen[name][0].amax / 127], np.float32)
+        found[name] = LayerQuant(scale, largest if input_format else None, weight_format, input_format)
+    return found
 
 
 def make(folder: Path) -> None:
