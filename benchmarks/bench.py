@@ -79,10 +79,10 @@ def _is_shapes(against: str) -> bool:
 
 @contextmanager
 def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool) -> Iterator[Bundle]:
-    """The same model exported without compression, its step count the bundle's."""
+    """The same model exported without compression, on its own schedule."""
     from diffpress import api
 
-    steps = int(bundle.manifest["sampling"]["steps"])
+    steps = candidates.own_schedule(bundle.manifest)[0].steps
     with tempfile.TemporaryDirectory(prefix="diffpress-bench-") as temporary:
         place = folder or Path(temporary) / "uncompressed"
         if not place.exists():
@@ -108,7 +108,7 @@ def measure(
     from diffpress.runtime.pipeline import Pipeline
 
     sampling = Sampling.from_json(bundle.manifest["sampling"])
-    scheduler = bundle.manifest["scheduler"]
+    own, scheduler = candidates.own_schedule(bundle.manifest)  # what is not compressed keeps the model's own schedule
 
     def open_compressed(backend: str, precision: str) -> Candidate:
         return Pipeline.load(bundle, backend, precision)
@@ -117,19 +117,19 @@ def measure(
     default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
     backend, precision = default["name"], default["precision"]
     pipelines: dict[str, Candidate] = {
-        REFERENCE: reference or Reference.load(against, sampling, scheduler),
-        EXPORT: Pipeline.load(export, backend, "fp32", sampling=sampling),
+        REFERENCE: reference or Reference.load(against, own, scheduler),
+        EXPORT: Pipeline.load(export, backend, "fp32", sampling=own),
         COMPRESSED: open_compressed(backend, precision),
     }
     if precision != "fp32":
-        pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=sampling)
+        pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=own)
     timings = speed.time_all(pipelines, chosen.texts, quiet)
 
     def open_plain(steps: int) -> Candidate:
-        schedule = plain.schedule(scheduler, sampling, steps)
+        schedule = plain.schedule(scheduler, own, steps)
         return Pipeline.load(export, backend, precision, sampling=schedule)
 
-    trials, fewer = plain.compare(timings, pipelines, open_plain, sampling.steps, chosen.texts[0], quiet)
+    trials, fewer = plain.compare(timings, pipelines, open_plain, own.steps, chosen.texts[0], quiet)
     pipelines.pop(STRICT, None)
     if fewer is not None:
         pipelines[PLAIN] = fewer
@@ -137,12 +137,12 @@ def measure(
     judging = scores.Judging(chosen)
     result = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **document.subject(bundle, sampling),
+        **document.subject(bundle, sampling, own),
         "prompts": {"source": chosen.source, "count": len(chosen.texts), "seeds": f"0..{len(chosen.texts) - 1}"},
         **document.speed(timings, precision),
         "size_bytes": document.sizes(bundle),
         "peak_rss_bytes": _peaks(bundle, export, against, default, chosen.texts[0], quiet),
-        **document.quality(drawn, judging),
+        **document.quality(drawn, judging, same_schedule=sampling == own),
         PLAIN: document.fewer_steps(trials, drawn, judging, default),
         "faults": scores.all_faults(drawn),
         "backend": default,

@@ -26,20 +26,25 @@ class Candidate(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """A diffusers pipeline in FP32, eager, bound to the sampling of the bundle it is compared with."""
+    """A diffusers pipeline in FP32, eager, bound to a sampling schedule."""
 
     pipeline: Any
     sampling: Sampling
 
     @classmethod
     def load(cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any]) -> Reference:
-        """Open `model`; `scheduler` is the manifest's entry {class, config}, whatever the folder itself prefers."""
+        """Open `model`; `scheduler` is the manifest's entry {class, config}, whatever the folder itself prefers.
+
+        A schedule that this scheduler does not make by itself (explicit timesteps or sigmas) is played from its table.
+        """
         import diffusers
 
         from diffpress.calibration.model import load_pipeline
+        from diffpress.calibration.tabulated import playing
 
         pipeline = load_pipeline(model)
-        pipeline.scheduler = getattr(diffusers, scheduler["class"]).from_config(dict(scheduler["config"]))
+        configured = getattr(diffusers, scheduler["class"]).from_config(dict(scheduler["config"]))
+        pipeline.scheduler = playing(configured, sampling)
         return cls(pipeline, sampling)
 
     def __call__(self, prompts: list[str], seeds: list[int], *, keep_latents: bool = False) -> Any:
@@ -87,6 +92,15 @@ class Reference:
             },
             step_ms=[float(step) for step in np.diff(marks) * 1000],
         )
+
+
+def own_schedule(manifest: Mapping[str, Any]) -> tuple[Sampling, Mapping[str, Any]]:
+    """The schedule of the model that a bundle was made from, and its scheduler {class, config}.
+
+    That is what a reference runs; a bundle from before there was a choice has the same schedule as its model.
+    """
+    entry = manifest.get("reference", manifest)
+    return Sampling.from_json(entry["sampling"]), entry["scheduler"]
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,22 @@ def sizes(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def quality(drawn: Mapping[str, Drawn], judging: Judging) -> dict[str, Any]:
-    """Distances to the reference, content metrics of both sides, the error after each step."""
+def quality(drawn: Mapping[str, Drawn], judging: Judging, same_schedule: bool = True) -> dict[str, Any]:
+    """Distances to the reference, content metrics of both sides, the error after each step.
+
+    On another schedule than the reference's, the compressed steps end elsewhere: their errors are None.
+    """
     reference, compressed = drawn[REFERENCE], drawn[COMPRESSED]
     contents = {REFERENCE: judging.content(reference.pixels), COMPRESSED: judging.content(compressed.pixels)}
     sides = {"reference": contents[REFERENCE], "compressed": contents[COMPRESSED]}
     metrics = ("clip_score", "attribute_accuracy", "frechet")
     compared = {metric: {side: getattr(found, metric) for side, found in sides.items()} for metric in metrics}
-    stepwise = {name: error_per_step(drawn[name], reference) for name in (EXPORT, COMPRESSED) if name in drawn}
+    comparable = {EXPORT: True, COMPRESSED: same_schedule}
+    stepwise = {
+        name: error_per_step(drawn[name], reference) if same else None
+        for name, same in comparable.items()
+        if name in drawn
+    }
     return {
         "quality": {**distances(compressed, reference), **compared},
         "attributes": {side: found.attributes for side, found in sides.items()},
@@ -90,8 +98,8 @@ def fewer_steps(
     return entry | apart | asdict(content) | {"trials": [asdict(trial) for trial in trials]}
 
 
-def subject(bundle: Bundle, sampling: Sampling) -> dict[str, Any]:
-    """What was judged: model, recipe, schedule and step program."""
+def subject(bundle: Bundle, sampling: Sampling, own: Sampling) -> dict[str, Any]:
+    """What was judged: model, recipe, schedule and step program; `own` is the schedule of the reference."""
     manifest = bundle.manifest
     program = StepProgram.from_json(manifest["program"])
     names = ("scheduler", "steps", "guidance_scale", "height", "width")
@@ -101,6 +109,7 @@ def subject(bundle: Bundle, sampling: Sampling) -> dict[str, Any]:
         "recipe": manifest.get("recipe", {}).get("name"),
         "passes": list(manifest.get("passes", [])),
         "sampling": {name: getattr(sampling, name) for name in names},
+        "reference": {name: getattr(own, name) for name in names},
         "program": {"marks": program.marks(), "steps": list(program.steps)},
         "engines": [
             {key: entry.get(key) for key in ("target", "path", "precision", "bytes")}
@@ -111,7 +120,7 @@ def subject(bundle: Bundle, sampling: Sampling) -> dict[str, Any]:
 
 def commands(bundle: Path, against: str, images: int, manifest: Mapping[str, Any]) -> list[str]:
     """What to type to get this report again."""
-    recipe, sampling = manifest.get("recipe", {}).get("name", "RECIPE"), manifest["sampling"]
+    recipe, sampling = manifest.get("recipe", {}).get("name", "RECIPE"), manifest.get("reference", manifest)["sampling"]
     model, place = shlex.quote(against), shlex.quote(str(bundle))
     return [
         f"diffpress compress {model} --recipe {recipe} --steps {sampling['steps']} "

@@ -48,14 +48,12 @@ def peak_rss(task: Mapping[str, Any]) -> int:
 def _draw(task: Mapping[str, Any]) -> None:
     """Load what `task` names and draw one image: {bundle, prompt} and either {against} or {backend, precision}."""
     from diffpress import bundle
-    from diffpress.plan import Sampling
 
     opened = bundle.read(task["bundle"])
-    sampling = Sampling.from_json(opened.manifest["sampling"])
     if "against" in task:
-        from diffpress.benchmarks.candidates import Reference
+        from diffpress.benchmarks.candidates import Reference, own_schedule
 
-        draw: Any = Reference.load(task["against"], sampling, opened.manifest["scheduler"])
+        draw: Any = Reference.load(task["against"], *own_schedule(opened.manifest))
     else:
         from diffpress.runtime.pipeline import Pipeline
 

@@ -31,7 +31,7 @@ class Trial:
         return self.ratio <= 1.0
 
 
-def schedule(scheduler: dict[str, Any], like: Sampling, steps: int) -> Sampling:
+def schedule(scheduler: Mapping[str, Any], like: Sampling, steps: int) -> Sampling:
     """The schedule of `steps` DPM-Solver++ steps on the betas of `scheduler` (the manifest's {class, config})."""
     from diffusers import DPMSolverMultistepScheduler
 

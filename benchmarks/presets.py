@@ -14,9 +14,8 @@ from typing import Any
 from diffpress import api
 from diffpress import bundle as bundles
 from diffpress.benchmarks.bench import bench
-from diffpress.benchmarks.candidates import Candidate, Reference
+from diffpress.benchmarks.candidates import Candidate, Reference, own_schedule
 from diffpress.compress.recipe import presets
-from diffpress.plan import Sampling
 
 
 def rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -29,7 +28,7 @@ def rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "name": "diffusers",
             "group": "reference",
             "backend": "torch eager fp32",
-            "steps": first["sampling"]["steps"],
+            "steps": first.get("reference", first["sampling"])["steps"],
             "bytes": first["size_bytes"]["denoiser_reference"],
             **empty,
             "clip_score": quality["clip_score"]["reference"],
@@ -41,7 +40,7 @@ def rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
     for name, report in reports.items():
         own = report["quality"]
-        bits = 8 if name in ("int8", "balanced") else 32
+        bits = 8 if name in ("int8", "balanced", "fast") else 32
         made.append(
             {
                 "name": name,
@@ -119,8 +118,7 @@ def main() -> None:
         if not report.exists():
             if reference is None:
                 manifest = bundles.read(folder).manifest
-                opened = Reference.load("shapes", Sampling.from_json(manifest["sampling"]), manifest["scheduler"])
-                reference = Remembered(opened)
+                reference = Remembered(Reference.load("shapes", *own_schedule(manifest)))
             bench(folder, "shapes", options.images, uncompressed=options.work / "fp32", reference=reference)
         reports[name] = json.loads(report.read_text("utf-8"))
     last = next(reversed(reports.values()))

@@ -60,9 +60,11 @@ def render(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
 def _kicker(report: Mapping[str, Any], model: str) -> str:
     sampling = report["sampling"]
     words = (
-        f"{sampling['scheduler']}, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}, "
+        f"{verdict.schedule(sampling)}, guidance {sampling['guidance_scale']:g}, "
         f"{sampling['width']}{TIMES}{sampling['height']} pixels"
     )
+    if verdict.rescheduled(report):
+        words += f", against {verdict.schedule(report['reference'])}"
     recipe = f"recipe <b>{escape(str(report['recipe']))}</b>"
     return DOT.join(["<b>diffpress</b>", f"{escape(model)}, {recipe}", escape(words), report["created"][:10]])
 

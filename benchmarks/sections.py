@@ -8,7 +8,7 @@ from typing import Any
 
 from diffpress.benchmarks import plots
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, REFERENCE, STRICT
-from diffpress.benchmarks.verdict import milliseconds, size
+from diffpress.benchmarks.verdict import milliseconds, rescheduled, schedule, size
 
 DASH = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -67,6 +67,9 @@ def speed(report: Mapping[str, Any]) -> dict[str, str]:
         f"One image from prompt to pixels, {runs} runs of each after warm-up, alternating in one process. "
         "The speedup is the median of paired ratios, so what disturbs the machine disturbs both."
     )
+    if rescheduled(report):
+        note += f" The compressed bundle samples with {schedule(report['sampling'])}, "
+        note += f"all others with the model's own {schedule(report['reference'])}."
     head = ["ms", "p50", "p90", "p99", "compressed is faster"]
     return {
         "stage_plot": plots.stage_bars(bars, "latency by stage") + legend,
@@ -93,8 +96,13 @@ def steps(report: Mapping[str, Any]) -> dict[str, str]:
     others = {"reference_eager": times[REFERENCE], "uncompressed_export": times[rival]}
     labels = _labels(report)
     kinds = [("compressed", "full step")] + ([("reuse", "reusing step")] if full < len(marks) else [])
-    errors = report["per_step"]["latent_rel_l2"]
-    error_legend = [("compressed", "compressed" + (" (hollow: reusing step)" if full < len(marks) else ""))]
+    errors = {name: line for name, line in report["per_step"]["latent_rel_l2"].items() if line is not None}
+    error_legend = []
+    if rescheduled(report):
+        note += " The compressed schedule is another than the reference's: its latents are compared at the end alone, "
+        note += "not step by step."
+    else:
+        error_legend.append(("compressed", "compressed" + (" (hollow: reusing step)" if full < len(marks) else "")))
     if EXPORT in errors:
         error_legend.append(("export", "uncompressed: what the backend alone changes"))
     return {

@@ -47,6 +47,17 @@ def looks(psnr_db: float) -> str:
     return next((words for bound, words in LOOKS if psnr_db >= bound), LOOKS[-1][1])
 
 
+def schedule(sampling: Mapping[str, Any]) -> str:
+    """A schedule in words, from a report's entry for it."""
+    return f"{sampling['scheduler']}, {sampling['steps']} steps"
+
+
+def rescheduled(report: Mapping[str, Any]) -> bool:
+    """Whether the compressed steps are others than the reference's, so that they cannot be compared one by one."""
+    errors = report["per_step"]["latent_rel_l2"]
+    return "compressed" in errors and errors["compressed"] is None
+
+
 def size_ratio(report: Mapping[str, Any]) -> float | None:
     """Bytes of the compressed denoiser over those of its FP32 weights."""
     reference = report["size_bytes"]["denoiser_reference"]

@@ -116,12 +116,11 @@ def record(
     guidance, seed, execution. Prompt i starts from seed + i. An interrupted run goes on with the prompts it lacks.
     Runs on the GPU where there is one; the processes of `accelerate launch` share the prompts out.
     """
-    schedule = {name: value for name, value in sampling.to_json().items() if name != "terms"}
     horizon = float(pipeline.scheduler.config.num_train_timesteps)
     chosen = calibration.calls(sampling.timesteps, horizon, seed)
     with on_fastest_device(pipeline):
         state = [model_digest, state_digest(pipeline.unet), str(pipeline.unet.device.type), torch.__version__]
-        key = json.dumps([*state, calibration.prompts, chosen, schedule, seed, execution.key])
+        key = json.dumps([*state, calibration.prompts, chosen, sampling.to_json(), seed, execution.key])
         folder = cache_root() / "calibration" / hashlib.sha256(key.encode()).hexdigest()[:24]
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -18,12 +18,15 @@ from diffpress.compress.quantize.mixed_precision import MixedPrecisionPass
 from diffpress.compress.quantize.modelopt import ModeloptPass
 from diffpress.compress.quantize.post_training import QuantizePass
 from diffpress.compress.quantize.reconstruct import ReconstructPass
+from diffpress.compress.schedule.solver import SchedulePass
 from diffpress.compress.temporal.maintain import TemporalPass
 from diffpress.compress.temporal.table import TemporalTablePass
 from diffpress.compress.work import Pass
 from diffpress.errors import DiffpressError
 
+SCHEDULE = "schedule"
 PASSES: dict[str, type[Any]] = {
+    SCHEDULE: SchedulePass,
     "quantize": QuantizePass,
     "reconstruct": ReconstructPass,
     "temporal": TemporalPass,
@@ -50,14 +53,18 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     description: str = ""
-    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50  # of the model's own scheduler; a schedule pass sets others
     guidance_scale: Annotated[float, Field(ge=0)] | None = None  # None: 2.0 for shapes, 7.5 elsewhere
     calibration: CalibrationOptions = CalibrationOptions()
     passes: tuple[str | dict[str, Any], ...] = ()
 
     def built(self) -> list[tuple[str, Pass]]:
         """The passes in order, validated; raises `DiffpressError` naming the key that is wrong."""
-        return [_build(entry) for entry in self.passes]
+        passes = [_build(entry) for entry in self.passes]
+        # Each pass would find out by itself, but only after those before it have worked.
+        if SCHEDULE in [name for name, _ in passes[1:]]:
+            raise DiffpressError(f"recipe: '{SCHEDULE}' has to be the first pass: the others are bound to the schedule")
+        return passes
 
 
 def _build(entry: str | Mapping[str, Any]) -> tuple[str, Pass]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ class Work:
     pipeline: Any
     sampling: Sampling
     seed: int
-    recorder: Callable[[Execution], Recordings]  # runs the pipeline, or reads what an earlier run stored
+    recorder: Callable[[Execution], Recordings]  # runs the pipeline as it is, or reads what an earlier run stored
     progress: Callable[[Iterable[Any], str], Iterable[Any]]
     scratch: Path  # where long passes keep what they have done, so that an interrupted run goes on
     scorer: Callable[[str], float] | None = None  # "accuracy" in points or "clip": of what the pipeline draws now
@@ -31,7 +33,7 @@ class Work:
     features: dict[str, int] = field(default_factory=dict)  # feature name to its branch in the denoiser
     originals: dict[str, Tensor] = field(default_factory=dict)  # by parameter path, before the first pass changed it
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # what a pass found, row by row, by its name
-    _recorded: tuple[str, Recordings] | None = field(default=None, init=False, repr=False)  # with its execution's key
+    _recorded: tuple[tuple[str, Sampling], Recordings] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.program = StepProgram((FULL,) * len(self.sampling.timesteps))
@@ -42,14 +44,25 @@ class Work:
         return self.pipeline.unet
 
     def record(self) -> Recordings:
-        """The pipeline's calls under the step program as it is; made again only when the program has changed.
+        """The pipeline's calls under schedule and step program as they are; made again only when these have changed.
 
         They are of the weights at the first asking, so ask before changing weights, and outside of `simulated`.
         """
         now = execution(self.program, self.features)
-        if self._recorded is None or self._recorded[0] != now.key:
-            self._recorded = (now.key, self.recorder(now))
+        key = (now.key, self.sampling)
+        if self._recorded is None or self._recorded[0] != key:
+            self._recorded = (key, self.recorder(now))
         return self._recorded[1]
+
+    def follow(self, scheduler: Any, sampling: Sampling) -> None:
+        """Go over to another schedule: `scheduler` plays `sampling` in the pipeline. Before anything depends on one.
+
+        The step program is full at every call again, and what is recorded or left unfinished is the schedule's own.
+        """
+        self.pipeline.scheduler, self.sampling = scheduler, sampling
+        self.program, self.features = StepProgram((FULL,) * len(sampling.timesteps)), {}
+        state = hashlib.sha256(json.dumps(sampling.to_json()).encode())
+        self.scratch = self.scratch / f"schedule-{state.hexdigest()[:16]}"
 
     def run(self, call: Call) -> Tensor:
         """`out_sample` [2, C, H, W] of the denoiser as it is now on a recorded call; gradients flow."""

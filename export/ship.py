@@ -20,10 +20,11 @@ from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, parity, qdq, store
 from diffpress.export.deploy import deployable, settled
 from diffpress.export.graphs import GraphSpec
-from diffpress.plan import FULL, Plan
+from diffpress.plan import FULL, Plan, Sampling
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 CLASS = ("_class_name", "_diffusers_version")  # what diffusers opens a configuration with
+DEFAULTS = ("_use_default_values",)  # names of what a scheduler's file did not say
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -104,7 +105,7 @@ def ship(
         graphs.finish(model)
         store.save({"model.onnx": model}, folder / name)
         checks[f"{name}/model.onnx"] = _checked(folder / name / "model.onnx", spec)
-    _write_configs(pipeline, folder)
+    _write_configs(pipeline, sampling.scheduler, folder)
     plan.save(folder / "plan")
     table = layers.rows(denoiser, plan.quantization, sensitivity)
     (folder / "plan" / "layers.json").write_text(json.dumps(table, indent=1))
@@ -115,8 +116,7 @@ def ship(
         "diffpress": diffpress.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)},
-        "sampling": sampling.to_json(),
-        "scheduler": {"class": sampling.scheduler, "config": _plain(pipeline.scheduler.config)},
+        **schedule(sampling, pipeline.scheduler),
         "program": plan.program.to_json(),
         "graphs": {name: f"unet/{file_of(name)}" for name in specs},
         # By backend, what it opens instead where it is listed.
@@ -140,6 +140,13 @@ def ship(
     }
 
 
+def schedule(sampling: Sampling, scheduler: Any) -> dict[str, Any]:
+    """The manifest's entries for a schedule: its table, and the class and configuration of its scheduler."""
+    # What the model's file leaves open is for each class to fill in as it likes, so keep what that was.
+    config = _plain(scheduler.config, DEFAULTS)
+    return {"sampling": sampling.to_json(), "scheduler": {"class": sampling.scheduler, "config": config}}
+
+
 def _checked(file: Path, spec: GraphSpec) -> dict[str, Any]:
     return parity.check(file, spec.module, spec.inputs, spec.outputs)
 
@@ -158,7 +165,8 @@ def _plain(config: Mapping[str, Any], private: tuple[str, ...] = ()) -> dict[str
     return json.loads(json.dumps(kept, default=str))
 
 
-def _write_configs(pipeline: Any, folder: Path) -> None:
+def _write_configs(pipeline: Any, scheduler: str, folder: Path) -> None:
+    """The configurations of all parts; `scheduler` is the class that reads its own, also where a table plays it."""
     parts: dict[str, nn.Module] = {
         "unet": pipeline.unet,
         "vae_decoder": pipeline.vae,
@@ -177,7 +185,7 @@ def _write_configs(pipeline: Any, folder: Path) -> None:
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": importlib.metadata.version("diffusers"),
-        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["diffusers", "OnnxRuntimeModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "OnnxRuntimeModel"],

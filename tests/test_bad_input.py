@@ -164,13 +164,15 @@ def test_a_missing_package_is_named_with_its_extra(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("turbo", "there is no recipe 'turbo': name a preset (balanced, cache, fp32, int8)"),
+        ("turbo", "there is no recipe 'turbo': name a preset (balanced, cache, fast, fp32, int8)"),
         ("nowhere.yaml", "there is no recipe"),
         ("passes: [{cache: {intervall: 3}}]", "unknown key 'intervall'"),
         ("passes: [{cache: {interval: 1}}]", "'interval'"),
         ("passes: [{cache: {interval: often}}]", "'interval'"),
-        ("passes: [distill]", "there is no pass 'distill', choose from: quantize, reconstruct"),
+        ("passes: [distill]", "there is no pass 'distill', choose from: schedule, quantize, reconstruct"),
         ("passes: [{quantize: {format: int3}}]", "'format'"),
+        ("passes: [{schedule: {sigmas: [1, 2]}}]", "sigmas rises from 1 to 2"),
+        ("passes: [cache, schedule]", "'schedule' has to be the first pass"),
         ("passes: [{quantize: {}, cache: {}}]", "each pass is one 'name: fields' entry"),
         ("passes: [3]", "passes"),
         ("passes: [[cache]]", "passes"),

@@ -40,7 +40,8 @@ def compress(
     """Compress `model` by `recipe` and write the bundle `output`; with `targets`, build their engines too.
 
     `model` is a diffusers folder, a hub id or "shapes"; `recipe` a preset's name or a YAML file; `prompts` a text file
-    for calibration, a prompt a line. Raises `DiffpressError` and leaves nothing behind when something is wrong.
+    for calibration, a prompt a line; `steps` those of the model's own scheduler, the recipe's if absent. Raises
+    `DiffpressError` and leaves nothing behind when something is wrong.
 
     Under `accelerate launch` every process calls this; they share calibration and measuring, and the first writes.
     """
@@ -65,6 +66,7 @@ def compress(
         engines.check_types(_types(chosen), targets, f"recipe {chosen.name}")
     work = begin(model, chosen, prompts=given, steps=steps, seed=seed, quiet=quiet)
     parameters = sum(parameter.numel() for parameter in work.denoiser.parameters())
+    own, scratch = ship.schedule(work.sampling, work.pipeline.scheduler), work.scratch  # a pass may set another one
     processes.wait()  # until all have seen that there is no such bundle yet
     if not processes.is_main():
         run(chosen.built(), work)
@@ -81,6 +83,7 @@ def compress(
             },
             "recipe": recipes.as_json(chosen),
             "seed": seed,
+            "reference": own,
             "passes": [result.__dict__ for result in results],
             "sizes": {"denoiser_reference": 4 * parameters},
         }
@@ -91,7 +94,7 @@ def compress(
         if targets:
             engines.build(made, targets, progress=not quiet)
     processes.wait()
-    shutil.rmtree(work.scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     return bundles.read(output)
 
 
@@ -104,7 +107,9 @@ def begin(
     seed: int = 0,
     quiet: bool = False,
 ) -> Work:
-    """Open `model` and bind it to a sampling schedule: what the passes of `recipe` start from.
+    """Open `model` and bind it to its own sampling schedule: what the passes of `recipe` start from.
+
+    That is its scheduler at `steps` steps, the recipe's if absent; a schedule pass goes over to another one.
 
     Raises `DiffpressError` for a model that is missing, broken or not supported.
     """
@@ -134,9 +139,9 @@ def begin(
     chosen = CalibrationSet(tuple(texts), options.method, options.steps)
 
     def recorder(execution: Execution) -> Recordings:
-        return record(pipeline, fingerprint, sampling, chosen, seed, progress, execution)
+        return record(pipeline, fingerprint, work.sampling, chosen, seed, progress, execution)
 
-    # Everything that a pass's unfinished work depends on.
+    # Everything that a pass's unfinished work depends on; a schedule of its own is added by `Work.follow`.
     key = json.dumps([fingerprint, recipes.as_json(recipe), sampling.to_json(), texts, seed, diffpress.__version__])
     scratch = cache_root() / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:24]
     work = Work(pipeline, sampling, seed, recorder, progress, scratch)

@@ -84,10 +84,10 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     add = made["compress"].add_argument
     add("model", metavar="MODEL", help="a diffusers folder, a hub id, or 'shapes' (the embedded pipeline)")
-    add("--recipe", required=True, metavar="NAME_OR_FILE", help="fp32, int8, cache, balanced or a YAML file")
+    add("--recipe", required=True, metavar="NAME_OR_FILE", help="fp32, int8, cache, balanced, fast or a YAML file")
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the folder to make; must not exist")
     add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line (default: built in)")
-    add("--steps", type=_whole(1), metavar="N", help="denoising steps of the schedule (default: the recipe's)")
+    add("--steps", type=_whole(1), metavar="N", help="steps of the model's own scheduler (default: the recipe's)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the calibration images (default: 0)")
     add("--target", action="append", default=[], metavar="smXX", help="build engines for it, too; may be repeated")
 

@@ -11,7 +11,7 @@ from typing import Any
 from diffpress import bundle as bundles
 from diffpress.bundle import MANIFEST, Bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import Plan, Sampling, StepProgram
+from diffpress.plan import Plan, Sampling, StepProgram, listed
 
 COPIED = ("diffpress", "created", "versions", "model", "recipe", "seed", "passes", "latent", "text", "features")
 LAYERS = "layers.json"  # in the plan's folder
@@ -50,6 +50,10 @@ def as_text(seen: Mapping[str, Any]) -> str:
     if sampling := seen["sampling"]:
         guidance = f"guidance {sampling['guidance_scale']:g}, {sampling['width']}x{sampling['height']} pixels"
         lines += [_row("sampling", f"{sampling['scheduler']}, {sampling['steps']} steps, {guidance}")]
+        where = f"{sampling['steps']} steps at {listed(sampling['timesteps'])}"
+        lines += [_row("schedule", f"{_solver(sampling, recipe)}, {where}")]
+        if own := sampling.get("reference"):
+            lines += [_row("reference", f"the model's own {own['scheduler']}, {own['steps']} steps")]
     lines += _program_lines(seen["program"]) if seen["program"] else []
     if quantization := seen["quantization"]:
         formats = ", ".join(f"{count} {name}" for name, count in quantization["formats"].items())
@@ -119,7 +123,18 @@ def _state(name: str, problems: list[str]) -> str:
 def _sampling(manifest: Mapping[str, Any]) -> dict[str, Any]:
     sampling = Sampling.from_json(manifest["sampling"])
     names = ("scheduler", "steps", "guidance_scale", "height", "width")
-    return {name: getattr(sampling, name) for name in names} | {"calls": len(sampling.timesteps)}
+    found = {name: getattr(sampling, name) for name in names} | {"calls": len(sampling.timesteps)}
+    found["timesteps"] = list(sampling.timesteps)
+    # A bundle from before there was a choice has the schedule of its model.
+    own = Sampling.from_json(manifest["reference"]["sampling"]) if "reference" in manifest else sampling
+    return found | ({"reference": {"scheduler": own.scheduler, "steps": own.steps}} if own != sampling else {})
+
+
+def _solver(sampling: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """The solver under the name that a recipe gave it, and its spacing; else the scheduler's class."""
+    passes = [entry["schedule"] for entry in recipe.get("passes", ()) if "schedule" in entry]
+    named = [passes[0].get(key) for key in ("solver", "spacing")] if passes else []
+    return " ".join(word for word in named if word) or str(sampling["scheduler"])
 
 
 def _program(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ On disk it is a folder with `plan.json` and `tensors.npz` (read without pickle).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ import numpy as np
 from diffpress.errors import DiffpressError
 
 _ARRAYS = ("weight_scale", "input_scale", "multiplier")  # of a LayerQuant
+TIMESTEPS_A_LINE = 16
 FULL = "full"  # the variant that computes everything; its graph is model.onnx
+
+
+def listed(timesteps: Sequence[float]) -> str:
+    """Timesteps for people, a long list without its middle."""
+    words = [f"{timestep:.1f}".removesuffix(".0") for timestep in timesteps]
+    half = TIMESTEPS_A_LINE // 2
+    return " ".join(words if len(words) <= TIMESTEPS_A_LINE else [*words[:half], "...", *words[-half:]])
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,17 @@ def test_the_barest_report(made_up_report: dict[str, Any], pictures: list[Pictur
     assert "Broken images" in page and "plain steps</th>" not in page
 
 
+def test_another_schedule_is_told_and_not_compared_step_by_step(
+    made_up_report: dict[str, Any], pictures: list[Picture]
+) -> None:
+    made_up_report["reference"] = {**made_up_report["sampling"], "scheduler": "PNDMScheduler", "steps": 50}
+    made_up_report["per_step"]["latent_rel_l2"] |= {"compressed": None, "uncompressed_export": [1e-6] * 50}
+    page = render(made_up_report, pictures)
+    checked(page)
+    assert "DDIMScheduler, 4 steps" in page and "against PNDMScheduler, 50 steps" in page
+    assert "compared at the end alone" in page and "line compressed" not in page.split("error after each step")[1]
+
+
 def test_only_the_row_itself_is_bold() -> None:
     table = rows_to_table(["", "ms"], [["uncompressed", "2"], ["compressed", "1"]], own="compressed")
     assert table.count('class="own"') == 1

@@ -89,6 +89,10 @@ def test_the_second_run_reads_and_what_matters_is_recorded_again(
         recorded(pipeline, CalibrationSet(("a red ring", "a moon"), "uniform", 3))
     with pytest.raises(pytest.fail.Exception, match=again):
         recorded(pipeline, CalibrationSet(PROMPTS, "uniform", 4))
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    with pytest.raises(pytest.fail.Exception, match=again):  # the same timesteps, other steps between them
+        recorded(pipeline)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, set_alpha_to_one=False)
     pipeline.unet.conv_out.bias.data[0] += 1  # a pass changed the denoiser
     with pytest.raises(pytest.fail.Exception, match=again):
         recorded(pipeline)

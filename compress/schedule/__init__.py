@@ -1,0 +1,1 @@
+"""The sampling schedule: which solver, how many steps, and where they stand."""
