@@ -125,15 +125,20 @@ def measure(
         pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=own)
     timings = speed.time_all(pipelines, chosen.texts, quiet)
 
-    def open_plain(steps: int) -> Candidate:
-        schedule = plain.schedule(scheduler, own, steps)
+    def open_plain(schedule: Sampling) -> Candidate:
         return Pipeline.load(export, backend, precision, sampling=schedule)
 
-    trials, fewer = plain.compare(timings, pipelines, open_plain, own.steps, chosen.texts[0], quiet)
+    def open_timed(steps: int) -> Candidate:
+        return open_plain(plain.schedules(scheduler, own, steps)[plain.TIMED])
+
+    trials = plain.compare(timings, pipelines, open_timed, own.steps, chosen.texts[0], quiet)
     pipelines.pop(STRICT, None)
-    if fewer is not None:
+    batch, fits, rival = candidates.batch_size(bundle.manifest["latent"]), plain.best(trials), None
+    if fits is not None:
+        rivals = plain.schedules(scheduler, own, fits.steps)
+        rival, fewer = plain.best_schedule(rivals, open_plain, pipelines[REFERENCE], chosen.texts, batch, quiet)
         pipelines[PLAIN] = fewer
-    drawn = _draw_all(pipelines, chosen.texts, candidates.batch_size(bundle.manifest["latent"]), quiet)
+    drawn = _draw_all(pipelines, chosen.texts, batch, quiet)
     judging = scores.Judging(chosen)
     result = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -143,7 +148,7 @@ def measure(
         "size_bytes": document.sizes(bundle),
         "peak_rss_bytes": _peaks(bundle, export, against, default, chosen.texts[0], quiet),
         **document.quality(drawn, judging, same_schedule=sampling == own),
-        PLAIN: document.fewer_steps(trials, drawn, judging, default),
+        PLAIN: document.fewer_steps(trials, rival, drawn, judging, default),
         "faults": scores.all_faults(drawn),
         "backend": default,
         "backends_tried": tried,

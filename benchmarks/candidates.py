@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -132,6 +133,19 @@ def draw(
         on_batch(len(images.pixels))
     trajectory = np.concatenate(steps, axis=1) if steps else np.empty((0, 0, *final[0].shape[1:]), np.float32)
     return Drawn(np.concatenate(pixels), np.concatenate(final), trajectory)
+
+
+def store(file: Path, drawn: Drawn) -> None:
+    """Keep what was drawn in a file, for `stored`."""
+    np.savez(file, **asdict(drawn))
+
+
+def stored(file: Path) -> Drawn | None:
+    """What an earlier run drew; None where there is no file."""
+    if not file.exists():
+        return None
+    with np.load(file) as arrays:
+        return Drawn(**{field.name: arrays[field.name] for field in fields(Drawn)})
 
 
 def batch_size(latent: Mapping[str, Any]) -> int:

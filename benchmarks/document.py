@@ -11,7 +11,7 @@ from typing import Any
 
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn
 from diffpress.benchmarks.latency import paired_ratio, summary
-from diffpress.benchmarks.plain import SOLVER, Trial, best
+from diffpress.benchmarks.plain import Trial, best
 from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step
 from diffpress.benchmarks.speed import Timings
 from diffpress.bundle import Bundle, denoiser_bytes
@@ -78,12 +78,12 @@ def quality(drawn: Mapping[str, Drawn], judging: Judging, same_schedule: bool = 
 
 
 def fewer_steps(
-    trials: list[Trial], drawn: Mapping[str, Drawn], judging: Judging, backend: Mapping[str, str]
+    trials: list[Trial], rival: str | None, drawn: Mapping[str, Drawn], judging: Judging, backend: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The row "fewer plain steps at equal latency": the export, DPM-Solver++, no compression."""
+    """The row "fewer plain steps at equal latency": the export without compression, on the best of plain.RIVALS."""
     found = best(trials)
     entry: dict[str, Any] = {
-        "scheduler": SOLVER,
+        "schedule": rival,
         "backend": backend["name"],
         "precision": backend["precision"],
         "steps": found.steps if found else None,
@@ -110,7 +110,8 @@ def subject(bundle: Bundle, sampling: Sampling, own: Sampling) -> dict[str, Any]
         "passes": list(manifest.get("passes", [])),
         "sampling": {name: getattr(sampling, name) for name in names},
         "reference": {name: getattr(own, name) for name in names},
-        "program": {"marks": program.marks(), "steps": list(program.steps)},
+        "program": {"marks": program.marks(), "steps": list(program.steps)}
+        | ({"guidance": program.guidance_marks()} if program.guidance else {}),
         "engines": [
             {key: entry.get(key) for key in ("target", "path", "precision", "bytes")}
             for entry in manifest.get("engines", [])

@@ -1,20 +1,35 @@
-"""The honest rival of every compression: no compression, and fewer steps of a better sampler at equal latency."""
+"""The honest rival of every compression: none, and the best plain schedule that is as fast on the same backend.
+
+How many steps fit into a latency does not depend on the solver, whose arithmetic is lost beside a call of the network:
+the count is found with one solver, and then the solvers of RIVALS are compared at that count.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, STRICT, Candidate
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, STRICT, Candidate, draw
 from diffpress.benchmarks.latency import alternate, paired_ratio
+from diffpress.benchmarks.quality import relative_l2
 from diffpress.benchmarks.speed import Timings
+from diffpress.compress.schedule.solver import Solver, Spacing, make
+from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
 
-SOLVER = "DPMSolverMultistepScheduler"  # DPM-Solver++, Lu et al. (2022)
+TIMED = "DPM-Solver++"
+RIVALS: dict[str, tuple[Solver, Spacing | None]] = {
+    "DDIM": ("ddim", None),
+    TIMED: ("dpm++", None),
+    "DPM-Solver++ Karras": ("dpm++", "karras"),
+    "UniPC": ("unipc", None),
+    "UniPC Karras": ("unipc", "karras"),
+}
+JUDGED = 16  # images that choose between the rivals
 
 
 @dataclass(frozen=True)
@@ -31,14 +46,43 @@ class Trial:
         return self.ratio <= 1.0
 
 
-def schedule(scheduler: Mapping[str, Any], like: Sampling, steps: int) -> Sampling:
-    """The schedule of `steps` DPM-Solver++ steps on the betas of `scheduler` (the manifest's {class, config})."""
-    from diffusers import DPMSolverMultistepScheduler
+def schedules(scheduler: Mapping[str, Any], like: Sampling, steps: int) -> dict[str, Sampling]:
+    """Every rival's schedule of `steps` steps on the betas of `scheduler` (the manifest's {class, config}).
 
+    A rival that cannot make so few, or so many, is left out.
+    """
     from diffpress.calibration.schedule import tabulate
 
-    solver = DPMSolverMultistepScheduler.from_config(dict(scheduler["config"]))
-    return tabulate(solver, steps, like.guidance_scale, like.height, like.width)
+    made = {}
+    for name, (solver, spacing) in RIVALS.items():
+        try:
+            own = make(solver, scheduler["config"], spacing)
+            made[name] = tabulate(own, steps, like.guidance_scale, like.height, like.width)
+        except DiffpressError:
+            continue
+    return made
+
+
+def best_schedule(
+    rivals: Mapping[str, Sampling],
+    open_plain: Callable[[Sampling], Candidate],
+    reference: Candidate,
+    texts: Sequence[str],
+    batch: int,
+    quiet: bool = True,
+) -> tuple[str, Candidate]:
+    """The rival whose latents end nearest to the reference's, by the median over the first JUDGED of `texts`."""
+    some = list(texts)[:JUDGED]
+    wanted = draw(reference, some, range(len(some)), batch).latents
+    errors: dict[str, float] = {}
+    opened: dict[str, Candidate] = {}
+    for name, sampling in tqdm(rivals.items(), desc="plain schedules", unit="schedule", disable=quiet):
+        candidate = open_plain(sampling)
+        found = draw(candidate, some, range(len(some)), batch).latents
+        errors[name] = float(np.median(relative_l2(found, wanted)))
+        if errors[name] <= min(errors.values()):
+            opened = {name: candidate}  # sessions hold a copy of the weights: only the best is kept
+    return next(iter(opened.items()))
 
 
 def compare(
@@ -48,7 +92,7 @@ def compare(
     most: int,
     prompt: str,
     quiet: bool,
-) -> tuple[list[Trial], Candidate | None]:
+) -> list[Trial]:
     """Search from what the timings of the full-length export suggest; `pipelines` has the compressed bundle."""
     stages = timings.stage_medians()[STRICT if STRICT in timings.images else EXPORT]
     middle = float(np.median(timings.images[COMPRESSED]))
@@ -71,20 +115,18 @@ def estimate(compressed_ms: float, text_ms: float, step_ms: float, decode_ms: fl
 
 def search(
     open_plain: Callable[[int], Candidate], compressed: Candidate, first: int, most: int, prompt: str, rounds: int = 5
-) -> tuple[list[Trial], Candidate | None]:
+) -> list[Trial]:
     """The largest step count that is no slower than `compressed`, by walking up or down from the estimate `first`.
 
-    Returns every trial and the candidate of the best one: (trials, None) when even one step is slower. The best is the
-    largest that fits among the trials, see `best`.
+    Returns every trial. The best is the largest that fits among them, see `best`.
     """
     trials: dict[int, Trial] = {}
-    opened: dict[int, Candidate] = {}
 
     def fits(steps: int) -> bool:
-        opened[steps] = open_plain(steps)
+        opened = open_plain(steps)
         times = alternate(
             {
-                "plain": lambda turn: opened[steps]([prompt], [turn]),
+                "plain": lambda turn: opened([prompt], [turn]),
                 "compressed": lambda turn: compressed([prompt], [turn]),
             },
             rounds,
@@ -96,15 +138,13 @@ def search(
     steps = first
     if fits(steps):
         while steps < most and fits(steps + 1):
-            del opened[steps]  # its sessions hold a copy of the weights
             steps += 1
     else:
         while steps > 1:
             steps -= 1
             if fits(steps):
                 break
-    found = best(list(trials.values()))
-    return list(trials.values()), opened[found.steps] if found else None
+    return list(trials.values())
 
 
 def best(trials: list[Trial]) -> Trial | None:

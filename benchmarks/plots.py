@@ -135,3 +135,46 @@ def stage_bars(rows: Sequence[tuple[str, Mapping[str, float], str]], label: str)
             x += width
         body.append(_text(x + 8, y + 31, words, "start"))
     return _svg("".join(body), label, 6 + pitch * len(rows))
+
+
+COLOURS = ("#757c86", "#c8741a", "#0b6fc2", "#8250b8", "#1a7f4b", "#b3261e")
+ALONE = (
+    "text{font:11px system-ui,sans-serif;fill:#57606a}.grid{stroke:#8b949e;stroke-opacity:.25}"
+    "polyline{fill:none;stroke-width:2}@media(prefers-color-scheme:dark){text{fill:#adbac7}}"
+)
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
+    """Lines of (x, y) on two logarithmic scales, named in a legend; an SVG file that needs no page around it."""
+    points = [point for line in series.values() for point in line]
+    ticks = log_ticks(min(y for _, y in points), max(y for _, y in points))
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
+    places = sorted({x for x, _ in points})
+    first, last = math.log10(places[0]), math.log10(places[-1])
+    bottom, top = HEIGHT - BOTTOM, TOP + 14
+
+    def x_of(value: float) -> float:
+        return LEFT + 8 + (math.log10(value) - first) / (last - first) * (WIDTH - LEFT - RIGHT - 16)
+
+    def y_of(value: float) -> float:
+        return bottom - (math.log10(value) - low) / (high - low) * (bottom - top)
+
+    body = [f"<style>{ALONE}</style>"]
+    for tick in ticks:
+        y = y_of(tick)
+        body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(_text(LEFT - 6, y + 4, _power(tick), "end"))
+    body += [_text(x_of(place), bottom + 17, f"{place:g}") for place in places]
+    body += [_text(WIDTH - RIGHT, HEIGHT - 3, across, "end"), _text(0, 11, up, "start")]
+    for number, ((name, line), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in sorted(line))
+        body.append(f'<polyline stroke="{colour}" points="{path}"/>')
+        for x, y in line:
+            title = f"<title>{escape(name)}, {x:g}: {y:.3g}</title>"
+            body.append(f'<circle fill="{colour}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3">{title}</circle>')
+        # The curves fall to the right, which leaves the lower left corner free.
+        y = bottom - 6 - 15 * (len(series) - 1 - number)
+        body.append(f'<rect fill="{colour}" x="{LEFT + 8}" y="{y - 8}" width="10" height="10"/>')
+        body.append(_text(LEFT + 24, y + 1, name, "start"))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+    return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'

@@ -70,7 +70,7 @@ def _baseline(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ratio, speedup = row["latency_ratio"], report["speedup"]
     return [
         {
-            "name": f"{row['steps']} plain DPM-Solver++ steps",
+            "name": f"{row['steps']} plain {row['schedule']} steps",
             "group": "equal latency to balanced",
             "backend": f"{report['backend']['name']} {report['backend']['precision']}",
             "steps": row["steps"],

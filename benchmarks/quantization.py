@@ -8,7 +8,6 @@ scheduler and steps. Goes on where it was stopped: a row in the work folder is n
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import re
@@ -16,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from diffpress import api
 from diffpress.benchmarks import candidates, machine, prompts, scores
@@ -226,14 +223,6 @@ def alone(entry: Mapping[str, Any], rows: Mapping[str, Row], entries: Sequence[M
     return total
 
 
-def _stored(file: Path) -> Drawn | None:
-    """What an earlier run drew as the reference."""
-    if not file.exists():
-        return None
-    with np.load(file) as arrays:
-        return Drawn(**{field.name: arrays[field.name] for field in dataclasses.fields(Drawn)})
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,7 +241,7 @@ def main() -> None:
     chosen = prompts.choose(images, shapes=True)
     judging = scores.Judging(chosen)
     base = api.begin("shapes", Recipe(name="fp32", steps=steps))
-    reference = _stored(folder / "fp32.npz")
+    reference = candidates.stored(folder / "fp32.npz")
     entries = []
     for name, row in rows.items():
         file = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
@@ -260,7 +249,7 @@ def main() -> None:
             entry, drawn = measure(name, row, base, chosen, reference, judging, folder / "unfinished")
             if reference is None:
                 reference = drawn
-                np.savez(folder / "fp32.npz", **dataclasses.asdict(drawn))
+                candidates.store(folder / "fp32.npz", drawn)
             file.write_text(json.dumps(entry))
         entries.append(json.loads(file.read_text()))
     document = {

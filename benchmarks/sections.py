@@ -141,7 +141,7 @@ def quality(report: Mapping[str, Any]) -> dict[str, str]:
     table = rows_to_table(head if fewer else head[:3], [r if fewer else r[:3] for r in rows])
     note = f"{own['images']} images, the same prompts and seeds on every side."
     if fewer:
-        note += f" Plain steps are {row['scheduler']} on the uncompressed export, same backend and precision: "
+        note += f" Plain steps are those of {row['schedule']} on the uncompressed export, same backend and precision: "
         note += f"they take {row['latency_ratio']:.2f} of the compressed latency (paired, alternating)."
     return {"quality_table": table, "quality_note": escape(note)}
 

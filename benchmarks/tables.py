@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import verdict
+from diffpress.benchmarks import steps_tables, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -301,14 +301,22 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantization_claims": quantization_claims,
     "shapes": shapes,
     "shapes_claims": shapes_claims,
+    "steps": steps_tables.steps,
+    "steps_all": steps_tables.steps_all,
+    "steps_claims": steps_tables.steps_claims,
+    "steps_corrections": steps_tables.corrections,
+    "steps_guidance": steps_tables.guidance,
     "unet_speed": unet_speed,
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
-FILES = (ROOT / "README.md", ROOT / "docs" / "quantization.md", ROOT / "benchmarks" / "shapes" / "README.md", *RECIPES)
+DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "steps.svg")]
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *DOCS, *RECIPES)
 
 
 def filled(file: Path) -> str:
     """The text of `file` with every table, or a recipe's first line, made anew."""
+    if file.suffix == ".svg":
+        return steps_tables.plot()
     text = file.read_text("utf-8")
     if file.suffix == ".yaml":
         rest = [line for line in text.splitlines(keepends=True) if not line.startswith("# On `shapes`")]

@@ -93,7 +93,7 @@ def _rival(report: Mapping[str, Any]) -> tuple[str, str]:
         content = _sign(100 * (row["attribute_accuracy"] - accuracy), SAME_POINTS)
         words += f", attribute accuracy {row['attribute_accuracy']:.1%} against {accuracy:.1%}"
     plural = "step" if row["steps"] == 1 else "steps"
-    start = f"In the same time the uncompressed export does {row['steps']} plain DPM-Solver++ {plural}: {words}. "
+    start = f"In the same time the uncompressed export does {row['steps']} plain {row['schedule']} {plural}: {words}. "
     if fidelity * content < 0:
         return "mixed", start + "Each is better in one of the two."
     total = fidelity + content
@@ -159,7 +159,7 @@ def table(report: Mapping[str, Any]) -> str:
             ]
         )
     if row["steps"] is not None:
-        label = f"{row['steps']} plain DPM++ steps"
+        label = f"{row['steps']} plain {row['schedule']} steps"
         # Timed against the compressed bundle alone, so the paired ratio carries over and the milliseconds do not.
         latency = milliseconds(p50["compressed"] * row["latency_ratio"])
         lines.append(

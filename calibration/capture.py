@@ -28,7 +28,8 @@ from diffpress.plan import FULL, Sampling
 class Call:
     """One recorded call of the denoiser, both guidance halves: sample [2, C, H, W], timestep [1], text [2, T, D].
 
-    `variant` is the graph of the step program that ran; `features` [2, C', H', W'] are those it read.
+    `variant` is the graph of the step program that ran; `features` [2, C', H', W'] are those it read. Of a call that
+    computes the conditional half alone, sample and features have one row; the last of the text is the one it takes.
     """
 
     sample: Tensor

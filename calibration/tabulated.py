@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpress import evodiff
 from diffpress.calibration.schedule import tabulate
 from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
@@ -21,12 +22,13 @@ class Tabulated:
     """A `Sampling` as a scheduler: what `pipeline(prompt, num_inference_steps=...)` asks of one, and nothing else.
 
     The counterpart of `runtime.sampler` in torch: the same sums in float64, kept in the type of the sample. `base` is
-    the scheduler the table was made from, which lends its configuration and its file.
+    the scheduler the table was made from, which lends its configuration and its file; a loop that asks for neither
+    needs none. With EVODiff what a step returns is the next call's probe, and so is what a pipeline's callbacks see.
     """
 
     order = 1
 
-    def __init__(self, sampling: Sampling, base: Any) -> None:
+    def __init__(self, sampling: Sampling, base: Any = None) -> None:
         self.sampling, self.base = sampling, base
         self.init_noise_sigma = sampling.init_noise_sigma
         self.num_inference_steps = sampling.steps
@@ -41,6 +43,11 @@ class Tabulated:
         """Of the scheduler that the table was made from."""
         return self.base.config
 
+    @property
+    def alphas_cumprod(self) -> Any:
+        """Of the same: [T], what is left of the image at every trained timestep, squared."""
+        return self.base.alphas_cumprod
+
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None) -> None:
         """Stand before the first step; raises `DiffpressError` for a step count that is not the table's."""
         if num_inference_steps not in (None, self.sampling.steps):
@@ -50,6 +57,7 @@ class Tabulated:
         self.timesteps = torch.tensor(self.sampling.timesteps, dtype=torch.float32, device=device)
         self._index = 0
         self._history: dict[tuple[str, int], Tensor] = {}
+        self._state: evodiff.State | None = None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the denoiser is given for `sample` [N, C, h, w] at the step the schedule stands at."""
@@ -59,11 +67,16 @@ class Tabulated:
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
         """The sample [N, C, h, w] after the step: an object with `prev_sample`, or a tuple of it."""
         index = self._at()
+        if self.sampling.offsets:
+            offsets = torch.tensor(self.sampling.offsets[index], dtype=model_output.dtype, device=model_output.device)
+            model_output = model_output - offsets[:, None, None]
         self._history["sample", index], self._history["output", index] = sample, model_output
         total = torch.zeros_like(sample, dtype=torch.float64)
         for kind, lag, coefficient in self.sampling.terms[index]:
             total += coefficient * self._history[kind, index - lag].double()
         self._history = {key: value for key, value in self._history.items() if self._last_use.get(key, -1) > index}
+        if self.sampling.solver == "evodiff":
+            total, self._state = evodiff.advance(self.sampling, index, sample.double(), total, self._state)
         self._index += 1
         after = total.to(sample.dtype)
         return SimpleNamespace(prev_sample=after) if return_dict else (after,)
@@ -89,7 +102,7 @@ def playing(scheduler: Any, sampling: Sampling) -> Any:
 
 def _makes(scheduler: Any, sampling: Sampling) -> bool:
     """Whether the scheduler's own steps are those of the table, up to rounding."""
-    if type(scheduler).__name__ != sampling.scheduler:
+    if type(scheduler).__name__ != sampling.scheduler or sampling.solver != "linear" or sampling.offsets:
         return False
     try:
         own = tabulate(scheduler, sampling.steps, sampling.guidance_scale, sampling.height, sampling.width)

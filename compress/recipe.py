@@ -18,15 +18,18 @@ from diffpress.compress.quantize.mixed_precision import MixedPrecisionPass
 from diffpress.compress.quantize.modelopt import ModeloptPass
 from diffpress.compress.quantize.post_training import QuantizePass
 from diffpress.compress.quantize.reconstruct import ReconstructPass
+from diffpress.compress.schedule.correct import CorrectPass
+from diffpress.compress.schedule.guidance import GuidancePass
 from diffpress.compress.schedule.solver import SchedulePass
 from diffpress.compress.temporal.maintain import TemporalPass
 from diffpress.compress.temporal.table import TemporalTablePass
 from diffpress.compress.work import Pass
 from diffpress.errors import DiffpressError
 
-SCHEDULE = "schedule"
+SCHEDULE, CORRECT = "schedule", "correct"
 PASSES: dict[str, type[Any]] = {
     SCHEDULE: SchedulePass,
+    "guidance": GuidancePass,
     "quantize": QuantizePass,
     "reconstruct": ReconstructPass,
     "temporal": TemporalPass,
@@ -35,6 +38,7 @@ PASSES: dict[str, type[Any]] = {
     "mixed-precision": MixedPrecisionPass,
     "modelopt": ModeloptPass,
     "cache": CachePass,
+    CORRECT: CorrectPass,
 }
 
 
@@ -64,6 +68,8 @@ class Recipe(BaseModel):
         # Each pass would find out by itself, but only after those before it have worked.
         if SCHEDULE in [name for name, _ in passes[1:]]:
             raise DiffpressError(f"recipe: '{SCHEDULE}' has to be the first pass: the others are bound to the schedule")
+        if CORRECT in [name for name, _ in passes[:-1]]:
+            raise DiffpressError(f"recipe: '{CORRECT}' has to be the last pass: it corrects what the others leave")
         return passes
 
 

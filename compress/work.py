@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffpress.calibration.capture import Call, Execution, Recordings
 from diffpress.compress.cache.execute import execution, replay
+from diffpress.compress.schedule.trajectory import Trajectories
 from diffpress.plan import FULL, LayerQuant, Plan, Sampling, StepProgram, TemporalTable
 
 
@@ -27,10 +28,13 @@ class Work:
     progress: Callable[[Iterable[Any], str], Iterable[Any]]
     scratch: Path  # where long passes keep what they have done, so that an interrupted run goes on
     scorer: Callable[[str], float] | None = None  # "accuracy" in points or "clip": of what the pipeline draws now
+    # Opens so many trajectories of the model as it was read, on the fastest runtime here; each draw has its own noise.
+    trajectories: Callable[[int, int], Trajectories] | None = None
     program: StepProgram = field(init=False)
     quantization: dict[str, LayerQuant] = field(default_factory=dict)
     temporal: TemporalTable | None = None
     features: dict[str, int] = field(default_factory=dict)  # feature name to its branch in the denoiser
+    original: Callable[[], Any] | None = None  # opens the model's denoiser anew, as no pass has changed it
     originals: dict[str, Tensor] = field(default_factory=dict)  # by parameter path, before the first pass changed it
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # what a pass found, row by row, by its name
     _recorded: tuple[tuple[str, Sampling], Recordings] | None = field(default=None, init=False, repr=False)
@@ -53,6 +57,10 @@ class Work:
         if self._recorded is None or self._recorded[0] != key:
             self._recorded = (key, self.recorder(now))
         return self._recorded[1]
+
+    def recorded(self) -> Recordings:
+        """What was recorded last, of whichever step program; for what all recordings have, such as the prompts."""
+        return self.record() if self._recorded is None else self._recorded[1]
 
     def follow(self, scheduler: Any, sampling: Sampling) -> None:
         """Go over to another schedule: `scheduler` plays `sampling` in the pipeline. Before anything depends on one.

@@ -29,10 +29,10 @@ import diffpress
 from diffpress.bundle import Bundle, load, update
 from diffpress.errors import DiffpressError
 from diffpress.export import turing
+from diffpress.plan import StepProgram
 
 LIBRARIES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}  # module -> package, the preferred one first
 OTHERS = ("text_encoder", "vae_decoder")  # the components beside the denoiser that a run needs
-BATCH = {True: (1, 2, 2), False: (1, 1, 1)}  # min, opt, max; the denoiser sees both halves of guidance at once
 NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 NAMES |= {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT4: "int4"}
 LEAST = {"int4": 80, "fp8": 89}  # the oldest compute capability, times ten, that has the type
@@ -47,6 +47,7 @@ class _Graph:
     name: str  # the denoiser's variant, or the component
     file: str  # relative to the bundle
     denoiser: bool
+    batch: tuple[int, int, int]  # min, opt, max of the rows of one image
     precision: str
     types: frozenset[str]  # that it computes with or stores, of `NAMES`
     digests: Mapping[str, str]  # file -> sha256, of the graph and its external data
@@ -130,6 +131,10 @@ def _capabilities(trt: ModuleType) -> dict[str, Any]:
 def _graphs(bundle: Bundle) -> list[_Graph]:
     files = [(name, str(file), True) for name, file in bundle.manifest["graphs"].items()]
     files += [(name, f"{name}/model.onnx", False) for name in OTHERS]
+    try:
+        program = StepProgram.from_json(bundle.manifest["program"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DiffpressError(f"{bundle.path} holds no readable step program: compress again") from error
     graphs = []
     for name, file, denoiser in files:
         try:
@@ -143,8 +148,15 @@ def _graphs(bundle: Bundle) -> list[_Graph]:
         if missing := [part for part in parts if part not in listed]:
             raise DiffpressError(f"{bundle.path} does not list {missing[0]}, which {file} needs: compress again")
         digests = {part: listed[part] for part in parts}
-        graphs.append(_Graph(name, file, denoiser, _precision(model), _types(model), digests))
+        batch = _batch(program, name) if denoiser else (1, 1, 1)
+        graphs.append(_Graph(name, file, denoiser, batch, _precision(model), _types(model), digests))
     return graphs
+
+
+def _batch(program: StepProgram, variant: str) -> tuple[int, int, int]:
+    """From one half of guidance to both at once; fastest with what most of the variant's steps compute."""
+    halves = program.halves(variant) or (2,)
+    return 1, halves[0], max(halves)
 
 
 def _types(model: ir.Model) -> frozenset[str]:
@@ -180,7 +192,7 @@ def _build_graph(
             if halved:
                 turing.multiply_in_half(trt, parsed[halved][0])
         network = parsed[halved][0]
-        shapes = _profile(network, BATCH[graph.denoiser], graph)
+        shapes = _profile(network, graph.batch, graph)
         config = builder.create_builder_config()
         capability = _capabilities(trt)[target]
         if capability is not None:

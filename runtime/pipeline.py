@@ -16,7 +16,7 @@ import numpy as np
 from diffpress import bundle as bundles
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL, Sampling, StepProgram
+from diffpress.plan import CONDITIONAL, FULL, Sampling, StepProgram
 from diffpress.runtime import backends, sampler
 from diffpress.runtime.backends import Session
 from diffpress.runtime.image import to_pixels
@@ -24,7 +24,8 @@ from diffpress.runtime.noise import randn
 from diffpress.runtime.program import Denoiser, open_denoiser
 from diffpress.runtime.tokenizer import Tokenizer
 
-OnStep = Callable[[int, np.ndarray], None]  # (index of the call, sample after it [N, C, h, w])
+# (index of the call, sample after it [N, C, h, w]); with EVODiff the probe of the next call, but for the last.
+OnStep = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Images:
     """What a pipeline made. `problem` names NaN or constant images in one line and is None when there are none."""
 
     pixels: np.ndarray  # uint8 [N, H, W, 3]
-    latents: list[np.ndarray]  # the sample [N, C, h, w] after each step, when asked for
+    latents: list[np.ndarray]  # the sample [N, C, h, w] after each step, when asked for; see `OnStep`
     stage_ms: dict[str, float]  # text, denoise, decode
     step_ms: list[float]
     problem: str | None = None
@@ -112,7 +113,7 @@ class Pipeline:
         _check_arguments(prompts, seeds, negative_prompt, scale)
         guided, count = scale > 1, len(prompts)
         self.text_encoder.prepare(count + guided)
-        self.denoiser.prepare(count * (1 + guided))
+        self.denoiser.prepare(count, guided)
         self.vae_decoder.prepare(1)
 
         started = perf_counter()
@@ -123,7 +124,7 @@ class Pipeline:
         latents = noise * np.float32(self.sampling.init_noise_sigma)
         kept, ticks = [], [perf_counter()]
         denoise = self.denoiser.start(hidden)
-        samples = sampler.sample(self.sampling, guide(denoise, scale), latents)
+        samples = sampler.sample(self.sampling, guide(denoise, scale, self.denoiser.program), latents)
         for index, latents in enumerate(samples):
             ticks.append(perf_counter())
             if keep_latents:
@@ -161,15 +162,26 @@ class Pipeline:
         return np.concatenate([self.vae_decoder.run({"latent_sample": row})["sample"] for row in rows])
 
 
-def guide(denoise: sampler.Denoise, scale: float) -> sampler.Denoise:
-    """Classifier-free guidance (Ho and Salimans 2022) as diffusers writes it: u + scale (c - u), rows of u first."""
+def guide(denoise: sampler.Denoise, scale: float, program: StepProgram) -> sampler.Denoise:
+    """Classifier-free guidance (Ho and Salimans 2022) as diffusers writes it: u + scale (c - u), rows of u first.
+
+    Where the program computes c alone, that is the output (guidance within an interval, Kynkäänniemi et al. 2024), or
+    the last difference d stands for c - u: c + (scale - 1) d. What it returns is for one batch.
+    """
     if scale <= 1:
         return denoise
+    difference = np.zeros(0, np.float32)
 
     def guided(index: int, sample: np.ndarray, timestep: float) -> np.ndarray:
+        nonlocal difference
+        how = program.guided(index)
+        if how != FULL:
+            conditional = denoise(index, sample, timestep)
+            return conditional if how == CONDITIONAL else conditional + np.float32(scale - 1) * difference
         output = denoise(index, np.concatenate([sample, sample]), timestep)
         unconditional, conditional = output[: len(sample)], output[len(sample) :]
-        return unconditional + np.float32(scale) * (conditional - unconditional)
+        difference = conditional - unconditional
+        return unconditional + np.float32(scale) * difference
 
     return guided
 
@@ -212,7 +224,7 @@ def _schedule(bundle: Bundle, override: Sampling | None) -> tuple[Sampling, Step
     program = StepProgram.from_json(bundle.manifest["program"])
     sampling = Sampling.from_json(bundle.manifest["sampling"])
     if override is not None and override != sampling:
-        if set(program.steps) != {FULL}:
+        if set(program.steps) != {FULL} or program.guidance:
             raise DiffpressError("this bundle's step program is bound to its schedule: it cannot take another one")
         if _has_temporal_table(bundle):
             raise DiffpressError("this bundle's temporal table is bound to its schedule: it cannot take another one")

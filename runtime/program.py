@@ -26,28 +26,29 @@ class Denoiser:
     program: StepProgram
     sessions: Mapping[str, Session]
 
-    def prepare(self, batch: int) -> None:
-        """Make every variant ready for a batch size."""
-        for session in self.sessions.values():
-            session.prepare(batch)
+    def prepare(self, images: int, guided: bool) -> None:
+        """Make every variant ready for the batch sizes that it runs with; `guided` for both halves of guidance."""
+        for name, session in self.sessions.items():
+            for halves in self.program.halves(name) if guided else (1,):
+                session.prepare(images * halves)
 
     def start(self, hidden: np.ndarray) -> Denoise:
         """Begin a batch of images with its text features [N, T, D]; feature buffers live and die with what it returns.
 
-        The function it returns maps (call, sample [N, C, h, w], timestep) to the output [N, C, h, w].
+        The function it returns maps (call, sample [M, C, h, w], timestep) to the output [M, C, h, w]. M may be less
+        than N: the sample belongs to the last rows, the conditional half of guidance, then.
         """
         features: dict[str, np.ndarray] = {}
 
         def denoise(index: int, sample: np.ndarray, timestep: float) -> np.ndarray:
             name = self.program.steps[index]
             session = self.sessions[name]
-            feeds = {
-                SAMPLE: sample,
-                HIDDEN: hidden,
-                **{read: features[read] for read in self.program.variants[name].reads},
-            }
+            rows = len(sample)
+            # A step of the conditional half reads what one of both halves may have written.
+            reads = {read: features[read][-rows:] for read in self.program.variants[name].reads}
+            feeds = {SAMPLE: sample, HIDDEN: hidden[-rows:], **reads}
             if TIMESTEP in session.inputs:
-                feeds[TIMESTEP] = _timestep(session.inputs[TIMESTEP], timestep, len(sample))
+                feeds[TIMESTEP] = _timestep(session.inputs[TIMESTEP], timestep, rows)
             # A variant need not take everything: a shallow one may not look at the text.
             results = session.run({key: feeds[key] for key in session.inputs})
             features.update((write, results[write]) for write in self.program.variants[name].writes)

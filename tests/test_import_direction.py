@@ -16,12 +16,13 @@ HEAVY = {"torch", "diffusers", "transformers"}
 
 # What each part may import of diffpress, besides itself and diffpress/__init__. ANY: it stands on top of everything.
 ANY = {"diffpress"}
-DATA = {"diffpress.plan", "diffpress.bundle", "diffpress.errors"}
+DATA = {"diffpress.plan", "diffpress.bundle", "diffpress.errors", "diffpress.evodiff"}
 ALLOWED: dict[str, set[str]] = {
     "diffpress": set(),
     "diffpress.plan": DATA,
     "diffpress.bundle": DATA,
     "diffpress.errors": DATA,
+    "diffpress.evodiff": DATA,
     "diffpress.inspection": DATA,
     "diffpress.arguments": DATA,
     "diffpress.runtime": DATA,
@@ -40,6 +41,7 @@ EXTERNAL: dict[str, set[str]] = {
     "diffpress.plan": {"numpy"},
     "diffpress.bundle": {"numpy"},
     "diffpress.errors": {"numpy"},
+    "diffpress.evodiff": set(),  # numpy's arrays and torch's tensors alike, without either
     "diffpress.inspection": set(),
     "diffpress.arguments": set(),
     # The base dependencies, the inference libraries and CUDA's own bindings.

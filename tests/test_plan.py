@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL, LayerQuant, Plan, Sampling, StepProgram, TemporalTable, Variant
+from diffpress.plan import CONDITIONAL, FULL, REUSE, LayerQuant, Plan, Sampling, StepProgram, TemporalTable, Variant
 
 VARIANTS = {FULL: Variant(writes=("feature_0",)), "cached": Variant(reads=("feature_0",))}
 
@@ -73,6 +73,31 @@ def test_a_program_that_cannot_run_is_refused(
 ) -> None:
     with pytest.raises(DiffpressError, match=message):
         StepProgram(steps, variants)
+
+
+def test_guidance_of_a_program() -> None:
+    guided = StepProgram((FULL, "cached", FULL, "cached"), VARIANTS, (FULL, REUSE, CONDITIONAL, CONDITIONAL))
+    assert (guided.guidance_marks(), guided.marks(), guided.evaluations()) == ("#-..", "#-#-", 2.5)
+    assert guided.halves(FULL) == (2, 1) and guided.halves("cached") == (1,) and guided.halves("absent") == ()
+    assert StepProgram.from_json(json.loads(json.dumps(guided.to_json()))) == guided
+    plain = StepProgram((FULL, "cached"), VARIANTS)
+    assert "guidance" not in plain.to_json()  # bundles of before, and what is keyed by it, stay as they are
+    assert StepProgram(plain.steps, VARIANTS, (FULL, FULL)) == plain
+    assert (plain.guidance_marks(), plain.evaluations(), plain.halves(FULL)) == ("##", 2.0, (2,))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        (("all",) * 4, "guidance of step 0 is 'all', which is not one of: full, reuse, conditional"),
+        ((FULL, REUSE), "a step program of 4 steps has 2 of guidance"),
+        ((CONDITIONAL, REUSE, FULL, FULL), "step 1 reuses the difference of guidance before any step computed it"),
+        ((FULL, FULL, REUSE, FULL), "step 3 computes both halves .* but step 2 wrote feature 'feature_0'"),
+    ],
+)
+def test_guidance_that_cannot_run_is_refused(guidance: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DiffpressError, match=message):
+        StepProgram((FULL, "cached", FULL, "cached"), VARIANTS, guidance)
 
 
 @pytest.mark.parametrize("file", ["plan.json", "tensors.npz"])

@@ -19,10 +19,10 @@ from diffpress.plan import FULL, StepProgram, Variant
 CACHED = "cached"
 
 
-def interval_program(steps: int, interval: int, feature: str) -> StepProgram:
-    """Step i is full where i % interval == 0 and reads `feature` elsewhere."""
+def interval_program(steps: int, interval: int, feature: str, guidance: tuple[str, ...] = ()) -> StepProgram:
+    """Step i is full where i % interval == 0 and reads `feature` elsewhere; `guidance` is that of the program."""
     variants = {FULL: Variant(writes=(feature,)), CACHED: Variant(reads=(feature,))}
-    return StepProgram(tuple(FULL if index % interval == 0 else CACHED for index in range(steps)), variants)
+    return StepProgram(tuple(FULL if index % interval == 0 else CACHED for index in range(steps)), variants, guidance)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -41,11 +41,17 @@ class CachePass:
             )
         if any(variant.reads for variant in work.program.variants.values()):
             raise DiffpressError("cache: an earlier pass planned a cache already; keep one of the two")
+        try:
+            self._program(work)
+        except DiffpressError as error:
+            raise DiffpressError(f"cache: {error}") from error
+
+    def _program(self, work: Work) -> StepProgram:
+        return interval_program(len(work.sampling.timesteps), self.interval, f"up_{self.branch}", work.program.guidance)
 
     def apply(self, work: Work) -> str:
         """Put the step program into the plan; says what is reused."""
-        feature = f"up_{self.branch}"
-        work.program = interval_program(len(work.sampling.timesteps), self.interval, feature)
-        work.features[feature] = self.branch
+        work.program = self._program(work)
+        work.features[f"up_{self.branch}"] = self.branch
         full, steps = work.program.steps.count(FULL), len(work.program.steps)
         return f"{full} of {steps} steps run in full, the others reuse the feature of branch {self.branch}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffpress.calibration.capture import PLAIN, Call, Execution, Observe
 from diffpress.compress.families.unet import UNetGraph
 from diffpress.errors import DiffpressError
-from diffpress.plan import StepProgram, Variant
+from diffpress.plan import CONDITIONAL, FULL, StepProgram, Variant
 
 
 def variant_graph(unet: Any, program: StepProgram, branches: Mapping[str, int], name: str) -> UNetGraph:
@@ -44,19 +44,26 @@ def _variant(program: StepProgram, name: str) -> Variant:
 
 
 def replay(unet: Any, program: StepProgram, branches: Mapping[str, int], call: Call) -> Tensor:
-    """`out_sample` [2, C, H, W] of the denoiser on a recorded call: the stock forward pass, or the graph that reads."""
+    """`out_sample` [2, C, H, W] of the denoiser on a recorded call: the stock forward pass, or the graph that reads.
+
+    [1, C, H, W] of a call of the conditional half alone.
+    """
     call = call.to(unet.device)
+    text = call.text[-len(call.sample) :]
     reads = _variant(program, call.variant).reads
     if not reads:
-        return unet(call.sample, call.timestep, encoder_hidden_states=call.text, return_dict=False)[0]
+        return unet(call.sample, call.timestep, encoder_hidden_states=text, return_dict=False)[0]
     if reads[0] not in call.features:
         raise DiffpressError(f"a call of variant '{call.variant}' was recorded without feature '{reads[0]}'")
     graph = variant_graph(unet, program, branches, call.variant)
-    return graph(call.sample, call.timestep, call.text, call.features[reads[0]])[0]
+    return graph(call.sample, call.timestep, text, call.features[reads[0]])[0]
 
 
 class CachedDenoiser(nn.Module):
     """Stands in for a pipeline's U-Net and runs the step program, a call per step; features live between calls.
+
+    It is called with both halves of guidance at every step. Where the program computes the conditional half c alone, it
+    answers (c - d, c) with the last difference d, or (c, c), so that the pipeline's own u + scale (c - u) is right.
 
     An image goes from noise to picture, so a timestep above the last one begins the next image; `reset` does it by
     hand, after a run that was broken off at its first step. `observe` is told every call before it runs. Raises
@@ -79,6 +86,7 @@ class CachedDenoiser(nn.Module):
         """Forget the features and stand before the first step."""
         self._made, self._last = 0, float("inf")
         self._features: dict[str, Tensor] = {}
+        self._difference = torch.zeros(())
 
     @property
     def config(self) -> Any:
@@ -112,15 +120,28 @@ class CachedDenoiser(nn.Module):
         index = self._advance(float(time))
         name = self.program.steps[index]
         variant = self.program.variants[name]
-        features = {read: self._features[read] for read in variant.reads}
-        self._observe(index, Call(sample.clone(), time, encoder_hidden_states, name, features))
-        output, *written = self._graphs[name](sample, time, encoder_hidden_states, *features.values())
+        guided = self.program.guided(index)
+        rows = len(sample) if guided == FULL else self._half(len(sample))
+        # A step of the conditional half reads what one of both halves may have written.
+        features = {read: self._features[read][-rows:] for read in variant.reads}
+        self._observe(index, Call(sample[-rows:].clone(), time, encoder_hidden_states, name, features))
+        output, *written = self._graphs[name](sample[-rows:], time, encoder_hidden_states[-rows:], *features.values())
         self._features.update(zip(variant.writes, written, strict=True))
+        if guided != FULL:
+            output = torch.cat([output if guided == CONDITIONAL else output - self._difference, output])
+        elif self.program.guidance:
+            half = self._half(rows)
+            self._difference = output[half:] - output[:half]
         if not return_dict:
             return (output,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
         return UNet2DConditionOutput(sample=output)
+
+    def _half(self, rows: int) -> int:
+        if rows % 2:
+            raise DiffpressError("the step program economizes guidance, but the pipeline samples without it")
+        return rows // 2
 
     def _advance(self, timestep: float) -> int:
         """The index of the call at `timestep`, counted."""
@@ -149,8 +170,10 @@ def executed(
 
 
 def execution(program: StepProgram, branches: Mapping[str, int]) -> Execution:
-    """How recordings under `program` are made; a program that never reads a feature is the plain denoiser."""
-    if not any(program.variants[name].reads for name in program.steps):
+    """How recordings under `program` are made; one that never reads a feature nor leaves a half of guidance out is the
+    plain denoiser.
+    """
+    if not program.guidance and not any(program.variants[name].reads for name in program.steps):
         return PLAIN
 
     @contextmanager

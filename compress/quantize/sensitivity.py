@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.calibration.sets import uniform_stride
 from diffpress.compress.cache.execute import CachedDenoiser
 from diffpress.compress.numerics.simulate import simulated
+from diffpress.compress.schedule.stepping import Trajectory, first_calls, seeded
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
-from diffpress.plan import LayerQuant
+from diffpress.plan import LayerQuant, StepProgram
 
 Error = Literal["output", "latent"]
 Candidates = Mapping[str, Mapping[str, LayerQuant]]  # of each layer, by the name of its formats
@@ -51,31 +52,31 @@ class Numbers:
 
 
 @torch.no_grad()
-def final_latents(work: Work, prompts: Sequence[Call]) -> list[Tensor]:
+def final_latents(
+    work: Work,
+    prompts: Sequence[Call],
+    program: StepProgram | None = None,
+    watch: Callable[[Tensor], object] = lambda _: None,
+    first: int = 0,
+) -> list[Tensor]:
     """The final latent [C, H, W] for the text of each call, sampled as one batch.
 
-    By the schedule's coefficients, under the step program, from the noise of recorded prompts: seeds count from
-    `work.seed`.
+    By the schedule's table, under the step program (the work's, if none is given), from the noise of recorded prompts:
+    seeds count from `work.seed` + `first`. `watch` is shown every output [2 N, C, H, W] of the denoiser.
     """
-    unet, sampling = work.denoiser, work.sampling
-    shape = prompts[0].sample[:1].shape
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(work.seed + i)) for i in range(len(prompts))]
-    samples = [torch.cat(noise).to(unet.device) * sampling.init_noise_sigma]
-    outputs: list[Tensor] = []
-    history = {"sample": samples, "output": outputs}
-    texts = torch.stack([call.text for call in prompts], dim=1).to(unet.device)
-    halves, text = len(texts), texts.flatten(0, 1)  # the unconditional half first, where guidance needs it
-    denoiser = CachedDenoiser(unet, work.program, work.features)
-    for index, timestep in enumerate(sampling.timesteps):
-        scaled = samples[-1] * sampling.input_scale[index]
-        output = denoiser(torch.cat([scaled] * halves), timestep, text, return_dict=False)[0]
-        if halves == 2:
-            plain, told = output.chunk(2)
-            output = plain + sampling.guidance_scale * (told - plain)
-        outputs.append(output)
-        parts = [factor * history[kind][index - lag] for kind, lag, factor in sampling.terms[index]]
-        samples.append(torch.stack(parts).sum(dim=0))
-    return list(samples[-1])
+    unet = work.denoiser
+    noise = seeded(prompts, work.seed + first).to(unet.device)
+    trajectory = Trajectory(work.sampling, [call.text for call in prompts], noise)
+    denoiser = CachedDenoiser(unet, program or work.program, work.features)
+
+    def watched(*inputs: Any, **options: Any) -> Any:
+        output = denoiser(*inputs, **options)
+        watch(output[0])
+        return output
+
+    for _ in work.sampling.timesteps:
+        trajectory.advance(trajectory.output(watched))
+    return list(trajectory.sample)
 
 
 def probe(work: Work, error: Error, prompts: int, calls: int) -> tuple[str, Callable[[], list[Tensor]]]:
@@ -84,7 +85,7 @@ def probe(work: Work, error: Error, prompts: int, calls: int) -> tuple[str, Call
     """
     recordings = work.record()
     if error == "latent":
-        given = _first_prompts(recordings, prompts)
+        given = first_calls(recordings, prompts)
     else:
         wanted = set(uniform_stride(len(recordings), calls))
         given = [call for index, call in enumerate(recordings) if index in wanted]
@@ -99,17 +100,6 @@ def probe(work: Work, error: Error, prompts: int, calls: int) -> tuple[str, Call
         return final_latents(work, given) if error == "latent" else [work.run(call) for call in given]
 
     return key.hexdigest(), run
-
-
-def _first_prompts(recordings: Iterable[Call], count: int) -> list[Call]:
-    """The first call of each of the first prompts; a prompt is told by its text."""
-    found: list[Call] = []
-    for call in recordings:
-        if not any(torch.equal(call.text, other.text) for other in found):
-            found.append(call)
-            if len(found) == count:
-                break
-    return found
 
 
 def deviation(run: Callable[[], list[Tensor]]) -> Callable[[], float]:

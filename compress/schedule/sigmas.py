@@ -43,6 +43,12 @@ def sigma_of(timestep: ArrayLike, alphas_cumprod: ArrayLike) -> np.ndarray:
     return np.exp(np.interp(np.asarray(timestep, np.float64), np.arange(len(table), dtype=np.float64), table))
 
 
+def karras(largest: float, smallest: float, intervals: int, rho: float = 7.0) -> list[float]:
+    """Karras et al. 2022, equation 5: intervals + 1 sigmas, equally far apart in sigma^(1 / rho)."""
+    ends = largest ** (1 / rho), smallest ** (1 / rho)
+    return [largest, *(float(value) for value in np.linspace(*ends, intervals + 1)[1:-1] ** rho), smallest]
+
+
 def checked(sigmas: Sequence[float], zero_allowed: bool = False) -> list[float]:
     """`sigmas` as floats: two or more, finite, strictly decreasing and positive (the last may be zero if allowed)."""
     values = [float(sigma) for sigma in sigmas]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -18,10 +19,13 @@ from diffpress.errors import DiffpressError
 if TYPE_CHECKING:
     from diffpress.benchmarks.scores import Judging
     from diffpress.compress.recipe import Recipe
+    from diffpress.compress.schedule.trajectory import Trajectories
     from diffpress.compress.work import Work
 
 SHAPES_GUIDANCE = 2.0
 GUIDANCE = 7.5  # diffusers' own default for Stable Diffusion
+SEARCHED_SEED = 500_009  # noise of a search's trajectories, its next draws multiples of it
+SEARCHED_BATCH = 32
 SCORED_IMAGES = 48
 SCORED_SEED = 100_003  # of captions and noise that reports do not use: what chooses a format is not what judges it
 
@@ -145,6 +149,8 @@ def begin(
     key = json.dumps([fingerprint, recipes.as_json(recipe), sampling.to_json(), texts, seed, diffpress.__version__])
     scratch = cache_root() / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:24]
     work = Work(pipeline, sampling, seed, recorder, progress, scratch)
+    work.trajectories = _trajectories(work, texts)
+    work.original = lambda: models.load_pipeline(model).unet
     if models.is_shapes(model):
         work.scorer = _scorer(work)
     return work
@@ -180,6 +186,48 @@ def _default_prompts(model: str, count: int) -> list[str]:
 
     # Training combinations: what is measured later, the held-out captions, takes no part in calibration.
     return [caption for _, caption, _ in scenes.dataset(count, seed=5)]
+
+
+def _trajectories(work: Work, texts: Sequence[str]) -> Callable[[int, int], Trajectories]:
+    """Opens trajectories of the calibration prompts from noise that calibration does not see, a new one each draw."""
+    from diffpress.compress.schedule.trajectory import Trajectories
+
+    @cache
+    def network() -> Any:
+        return _fastest(work)
+
+    def begin(count: int, draw: int) -> Trajectories:
+        prompts = [texts[index % len(texts)] for index in range(count)]
+        seed = work.seed + SEARCHED_SEED * (1 + draw)
+        # One batch size, since a runtime compiles for each.
+        return Trajectories.begin(work.pipeline, network(), work.sampling, prompts, seed, min(count, SEARCHED_BATCH))
+
+    return begin
+
+
+def _fastest(work: Work) -> Any:
+    """The denoiser as it is now, as `trajectory.Network`: in torch on a GPU, else a graph in an inference library."""
+    import numpy as np
+    import torch
+
+    from diffpress.compress.schedule.trajectory import torch_network
+    from diffpress.export import ship
+    from diffpress.runtime import backends
+
+    runnable = [name for name, precision in backends.available() if precision == "fp32"]
+    if torch.cuda.is_available():
+        return torch_network(copy.deepcopy(work.pipeline.unet).to("cuda"))
+    if not runnable:
+        return torch_network(work.pipeline.unet)
+    file = ship.network(work.pipeline, work.scratch / "network")
+    session = backends.open_session(file, runnable[0], "fp32")
+
+    def run(sample: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        arrays = (tensor.numpy().astype(np.float32) for tensor in (sample, timesteps, hidden))
+        feeds = dict(zip(("sample", "timestep", "encoder_hidden_states"), arrays, strict=True))
+        return torch.from_numpy(session.run(feeds)["out_sample"].copy())
+
+    return run
 
 
 def _scorer(work: Work) -> Callable[[str], float]:

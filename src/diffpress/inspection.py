@@ -144,7 +144,8 @@ def _program(manifest: Mapping[str, Any]) -> dict[str, Any]:
         name: {"graph": manifest["graphs"][name], "calls": runs[name]} | entry
         for name, entry in program.to_json()["variants"].items()
     }
-    return {"marks": program.marks(), "variants": variants}
+    guidance = {"guidance": program.guidance_marks()} if program.guidance else {}
+    return {"marks": program.marks(), **guidance, "variants": variants}
 
 
 def _quantization(bundle: Bundle) -> dict[str, Any]:
@@ -213,6 +214,12 @@ def _program_lines(program: Mapping[str, Any]) -> list[str]:
         mark = "-" if variant["reads"] else "#"
         flow = [f"{verb} {', '.join(variant[verb])}" for verb in ("reads", "writes") if variant[verb]]
         lines.append(_row("", "; ".join([f"{mark} {name}: {variant['graph']}, {variant['calls']} calls", *flow])))
+    guidance = program.get("guidance", "")
+    for start in range(0, len(guidance), MARKS_A_LINE):
+        row = guidance[start : start + MARKS_A_LINE]
+        lines.append(_row("" if start else "guidance", f"{row}  {start + 1}-{start + len(row)}"))
+    if guidance:
+        lines.append(_row("", "# both halves; - the conditional one and the last difference; . the conditional one"))
     return lines
 
 

@@ -7,6 +7,7 @@ On disk it is a folder with `plan.json` and `tensors.npz` (read without pickle).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ from diffpress.errors import DiffpressError
 _ARRAYS = ("weight_scale", "input_scale", "multiplier")  # of a LayerQuant
 TIMESTEPS_A_LINE = 16
 FULL = "full"  # the variant that computes everything; its graph is model.onnx
+# How a call is guided, c and u being the conditional and unconditional output: FULL, both are computed; REUSE, c alone,
+# with the difference c - u of the last full call; CONDITIONAL, c alone.
+REUSE, CONDITIONAL = "reuse", "conditional"
+_GUIDED = {FULL: "#", REUSE: "-", CONDITIONAL: "."}  # and how people see it
 
 
 def listed(timesteps: Sequence[float]) -> str:
@@ -38,7 +43,12 @@ class Sampling:
         output_i = denoiser(input_scale[i] * sample_i, timesteps[i])
         sample_{i+1} = sum of coefficient * (sample_{i-lag} or output_{i-lag}) over terms[i]
 
-    `terms[i]` holds ("sample" or "output", lag, coefficient). `output` is after guidance. Heights are in pixels.
+    `terms[i]` holds ("sample" or "output", lag, coefficient). `output` is after guidance, and where there are `offsets`
+    ([calls][C], a mean error by channel) less its own. Heights are in pixels.
+
+    A solver that is not linear has another name than "linear". For "evodiff" the sum is the data prediction of call i,
+    from which `diffpress.evodiff` makes sample_{i+1}: the probe that call i + 1 is made at, not yet a sample of its
+    level. `levels` are then (alpha, sigma) of every call and of the end.
     """
 
     scheduler: str
@@ -50,17 +60,26 @@ class Sampling:
     input_scale: tuple[float, ...]
     init_noise_sigma: float
     terms: tuple[tuple[tuple[str, int, float], ...], ...]
+    solver: str = "linear"
+    levels: tuple[tuple[float, float], ...] = ()
+    offsets: tuple[tuple[float, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return {**self.__dict__, "terms": [[list(term) for term in row] for row in self.terms]}
+        """Plain lists and numbers; what most schedules lack is left out, so that old versions read them."""
+        document = {**self.__dict__, "terms": [[list(term) for term in row] for row in self.terms]}
+        rare = {name: [list(row) for row in document.pop(name)] for name in ("levels", "offsets")}
+        if self.solver == "linear":
+            del document["solver"]
+        return document | {name: rows for name, rows in rare.items() if rows}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sampling:
         """The inverse of `to_json`."""
         terms = tuple(tuple((str(k), int(lag), float(c)) for k, lag, c in row) for row in data["terms"])
         vectors = {name: tuple(data[name]) for name in ("timesteps", "input_scale")}
-        return cls(**{**data, **vectors, "terms": terms})
+        pairs = tuple((float(alpha), float(sigma)) for alpha, sigma in data.get("levels", ()))
+        offsets = tuple(tuple(float(offset) for offset in row) for row in data.get("offsets", ()))
+        return cls(**{**data, **vectors, "terms": terms, "levels": pairs, "offsets": offsets})
 
 
 @dataclass(frozen=True)
@@ -73,15 +92,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class StepProgram:
-    """Which variant runs at each call of the denoiser. Raises `DiffpressError` when a step reads what none wrote."""
+    """Which variant runs at each call of the denoiser, and which halves of guidance it computes.
+
+    `guidance` holds FULL, REUSE or CONDITIONAL for each step; empty, which all FULL becomes, where every step computes
+    both. Raises `DiffpressError` when a step reads what none wrote, or what was written for half of its rows.
+    """
 
     steps: tuple[str, ...]
     variants: Mapping[str, Variant] = field(default_factory=lambda: {FULL: Variant()})
+    guidance: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_guidance()
         if FULL not in self.variants:
             raise DiffpressError(f"a step program needs a variant named '{FULL}'")
-        written: set[str] = set()
+        written: dict[str, int] = {}  # feature to the last step that wrote it
         for index, name in enumerate(self.steps):
             if name not in self.variants:
                 known = ", ".join(self.variants)
@@ -89,11 +114,47 @@ class StepProgram:
             for feature in self.variants[name].reads:
                 if feature not in written:
                     raise DiffpressError(f"step {index} reads feature '{feature}' before any step wrote it")
-            written.update(self.variants[name].writes)
+                if self.guided(index) == FULL and self.guided(written[feature]) != FULL:
+                    raise DiffpressError(
+                        f"step {index} computes both halves of guidance, but step {written[feature]} wrote feature "
+                        f"'{feature}', which it reads, for the conditional half alone: let the intervals of both agree"
+                    )
+            written.update(dict.fromkeys(self.variants[name].writes, index))
+
+    def _check_guidance(self) -> None:
+        if set(self.guidance) <= {FULL}:
+            object.__setattr__(self, "guidance", ())  # one form of what is the same
+            return
+        if len(self.guidance) != len(self.steps):
+            raise DiffpressError(f"a step program of {len(self.steps)} steps has {len(self.guidance)} of guidance")
+        for index, name in enumerate(self.guidance):
+            if name not in _GUIDED:
+                raise DiffpressError(f"guidance of step {index} is '{name}', which is not one of: {', '.join(_GUIDED)}")
+            if name == REUSE and FULL not in self.guidance[:index]:
+                raise DiffpressError(f"step {index} reuses the difference of guidance before any step computed it")
+
+    def guided(self, index: int) -> str:
+        """How step `index` is guided: FULL, REUSE or CONDITIONAL."""
+        return self.guidance[index] if self.guidance else FULL
+
+    def halves(self, variant: str) -> tuple[int, ...]:
+        """Batches per image that the steps of a variant run with under guidance, the most frequent first: 1 or 2."""
+        runs = Counter(
+            2 if self.guided(index) == FULL else 1 for index, name in enumerate(self.steps) if name == variant
+        )
+        return tuple(count for count, _ in runs.most_common())
+
+    def evaluations(self) -> float:
+        """Calls of the denoiser under guidance; one that computes the conditional half alone counts as half a call."""
+        return sum(1.0 if self.guided(index) == FULL else 0.5 for index in range(len(self.steps)))
 
     def marks(self) -> str:
         """A character per step, for people: '#' runs everything, '-' reuses features."""
         return "".join("#" if not self.variants[name].reads else "-" for name in self.steps)
+
+    def guidance_marks(self) -> str:
+        """The same of guidance: '#' computes both halves, '-' reuses their difference, '.' leaves guidance out."""
+        return "".join(_GUIDED[self.guided(index)] for index in range(len(self.steps)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and strings."""
@@ -101,7 +162,8 @@ class StepProgram:
             name: {"reads": list(variant.reads), "writes": list(variant.writes)}
             for name, variant in self.variants.items()
         }
-        return {"steps": list(self.steps), "variants": variants}
+        guidance = {"guidance": list(self.guidance)} if self.guidance else {}
+        return {"steps": list(self.steps), "variants": variants, **guidance}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StepProgram:
@@ -109,7 +171,7 @@ class StepProgram:
         variants = {
             name: Variant(tuple(entry["reads"]), tuple(entry["writes"])) for name, entry in data["variants"].items()
         }
-        return cls(tuple(data["steps"]), variants)
+        return cls(tuple(data["steps"]), variants, tuple(data.get("guidance", ())))
 
 
 @dataclass(frozen=True)

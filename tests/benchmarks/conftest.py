@@ -86,7 +86,7 @@ def made_up_report() -> dict[str, Any]:
             },
         },
         "fewer_plain_steps": {
-            "scheduler": "DPMSolverMultistepScheduler",
+            "schedule": "DPM-Solver++ Karras",
             "backend": "openvino",
             "precision": "bf16",
             "steps": 15,

@@ -32,7 +32,7 @@ def test_demo_says_what_came_out(
     assert asked["targets"] == (["sm89"] if builds else [])
     assert asked["images"] >= 50 and asked["quiet"]
     assert str(tmp_path / "out" / "balanced" / "report" / "report.html") in text
-    assert "7.0× faster" in text and "15 plain DPM++ steps" in text
+    assert "7.0× faster" in text and "15 plain DPM-Solver++ Karras steps" in text
     assert ("no engine" in text) is not builds
 
 

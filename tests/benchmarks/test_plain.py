@@ -23,29 +23,27 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return use
 
 
-def search(first: int, most: int = 50) -> tuple[list[plain.Trial], Any]:
+def search(first: int, most: int = 50) -> list[plain.Trial]:
     return plain.search(lambda steps: lambda prompts, seeds: steps, lambda prompts, seeds: None, first, most, "x")
 
 
 @pytest.mark.parametrize("first", [1, 5, 6, 9, 50])
 def test_the_largest_step_count_that_fits_is_found(timed: Callable[[float], None], first: int) -> None:
     timed(6.5)
-    trials, candidate = search(first)
-    found = plain.best(trials)
+    found = plain.best(search(first))
     assert found and found.steps == 6 and found.ratio == pytest.approx(6 / 6.5)
-    assert candidate(None, None) == 6
 
 
 def test_there_may_be_none(timed: Callable[[float], None]) -> None:
     timed(0.5)
-    trials, candidate = search(3)
-    assert plain.best(trials) is None and candidate is None
+    trials = search(3)
+    assert plain.best(trials) is None
     assert [trial.steps for trial in trials] == [3, 2, 1]
 
 
 def test_no_more_steps_than_the_reference(timed: Callable[[float], None]) -> None:
     timed(1000)
-    assert plain.best(search(50)[0]).steps == 50  # type: ignore[union-attr]
+    assert plain.best(search(50)).steps == 50  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("compressed", "steps"), [(100.0, 18), (5.0, 1), (1e6, 50)])
@@ -54,8 +52,24 @@ def test_estimate(compressed: float, steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_schedule_is_dpm_solver_on_the_same_betas(steps: int) -> None:
+def test_schedules_are_those_of_the_solvers_on_the_same_betas(steps: int) -> None:
     like = Sampling("DDIMScheduler", 50, 3.0, 64, 64, (), (), 1.0, ())
-    found = plain.schedule({"class": "DDIMScheduler", "config": SCHEDULER}, like, steps)
-    assert (found.scheduler, found.steps, found.guidance_scale, found.height) == (plain.SOLVER, steps, 3.0, 64)
-    assert len(found.terms) == len(found.timesteps) == steps
+    found = plain.schedules({"class": "DDIMScheduler", "config": SCHEDULER}, like, steps)
+    assert plain.TIMED in found and found.keys() <= plain.RIVALS.keys()
+    assert len(found) == len(plain.RIVALS) or steps == 1
+    for schedule in found.values():
+        assert (schedule.steps, schedule.guidance_scale, schedule.height) == (steps, 3.0, 64)
+        assert len(schedule.terms) == len(schedule.timesteps) == steps
+
+
+def test_the_rival_is_the_nearest_to_the_reference(fake_candidate: Callable[..., Any]) -> None:
+    errors = {"a": 0.3, "b": 0.1, "c": 0.2}
+    opened: dict[str, Any] = {}
+
+    def open_plain(schedule: Any) -> Any:
+        opened[schedule] = fake_candidate(error=errors[schedule])
+        return opened[schedule]
+
+    names: Any = {name: name for name in errors}
+    name, candidate = plain.best_schedule(names, open_plain, fake_candidate(error=0.0), ["x"] * 20, batch=8)
+    assert name == "b" and list(opened) == ["a", "b", "c"] and candidate is opened["b"]

@@ -76,7 +76,7 @@ def test_a_model_without_a_judge(made_up_report: dict[str, Any], pictures: list[
 def test_the_barest_report(made_up_report: dict[str, Any], pictures: list[Picture]) -> None:
     """fp32, no passes, no engines, no plain steps, no size of the reference."""
     row = made_up_report["fewer_plain_steps"]
-    made_up_report["fewer_plain_steps"] = {**dict.fromkeys(row), "trials": [], "scheduler": "x"}
+    made_up_report["fewer_plain_steps"] = {**dict.fromkeys(row), "trials": [], "schedule": None}
     made_up_report |= {"same_precision": None, "passes": [], "engines": [], "faults": ["compressed, image 1: constant"]}
     made_up_report["program"] = {"marks": "####", "steps": ["full"] * 4}
     made_up_report["size_bytes"]["denoiser_reference"] = None

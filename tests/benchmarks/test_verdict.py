@@ -30,7 +30,7 @@ def test_fewer_plain_steps(made_up_report: dict[str, Any], psnr: float, accuracy
     made_up_report["fewer_plain_steps"] |= {"psnr_db": psnr, "attribute_accuracy": accuracy}
     found = verdict.verdict(made_up_report)
     assert found.rival == expected
-    assert "15 plain DPM-Solver++ steps" in found.rival_text
+    assert "15 plain DPM-Solver++ Karras steps" in found.rival_text
 
 
 def test_no_plain_step_is_as_fast(made_up_report: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def test_table_is_aligned(made_up_report: dict[str, Any]) -> None:
     lines = verdict.table(made_up_report).splitlines()
     assert len(lines) == 5
     assert lines[3].split() == ["compressed", "100", "ms", "7.0x", "5.0", "MB", "180.0", "MB", "30.0", "dB", "98.5%"]
-    assert lines[4].startswith("15 plain DPM++ steps")
+    assert lines[4].startswith("15 plain DPM-Solver++ Karras steps")
     assert len({line.index(" ms") for line in lines[1:]}) == 1
     made_up_report["fewer_plain_steps"]["steps"] = None
     assert len(verdict.table(made_up_report).splitlines()) == 4

@@ -155,6 +155,41 @@ def test_a_solvers_own_places_given_by_hand_change_nothing(solver: str, work: Wo
     assert_close(played(made(work, solver=solver, sigmas=tuple(own.sigmas.tolist()))), played(automatic), error)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_evodiff_stands_where_dpm_does_and_predicts_the_same_data(kind: str, work: Work) -> None:
+    work.pipeline.scheduler = diffusers.DDIMScheduler.from_config(own_scheduler().config, prediction_type=kind)
+    for fields in ({"steps": 6, "spacing": "karras"}, {"timesteps": (900, 500, 21)}, {"sigmas": SIGMAS}):
+        made(work, **fields)
+        table = made(work, solver="dpm++", **fields)
+        sampling = made(work, solver="evodiff", **fields)
+        assert (sampling.solver, sampling.scheduler) == ("evodiff", "DPMSolverMultistepScheduler")
+        assert sampling.timesteps == table.timesteps
+        assert isinstance(work.pipeline.scheduler, Tabulated) and work.pipeline.scheduler.sampling == sampling
+        # Without noise at the end both solvers' last step is the prediction of the last call, as diffusers makes it.
+        assert sampling.levels[-1] == (1.0, 0.0)
+        got, wanted = ({term[0]: term[2] for term in row.terms[-1]} for row in (sampling, table))
+        assert got == pytest.approx({"sample": 0.0} | wanted, rel=1e-5, abs=1e-6)
+        # The first step is DDIM's, which is DPM-Solver++'s first.
+        (alpha, sigma), (after, noisy) = sampling.levels[:2]
+        shrink, reach = noisy / sigma, after - alpha * noisy / sigma
+        a, b = (term[2] for term in sampling.terms[0])
+        first = {term[0]: term[2] for term in table.terms[0]}
+        assert shrink + reach * a == pytest.approx(first["sample"], rel=1e-4)
+        assert reach * b == pytest.approx(first["output"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"final_sigmas_type": "sigma_min"}, "do not fall"), ({"prediction_type": "flow_prediction"}, "one of: epsilon")],
+)
+def test_evodiff_refuses_a_model_that_it_cannot_walk(changes: dict[str, str], told: str, work: Work) -> None:
+    # Karras' sigmas end where this model ends already.
+    work.pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(own_scheduler().config, **changes)
+    with pytest.raises(DiffpressError, match=f"schedule: evodiff: .*{told}") as caught:
+        made(work, solver="evodiff", steps=6, spacing="karras")
+    assert "\n" not in str(caught.value)
+
+
 def test_sampling_may_end_above_zero(work: Work) -> None:
     short = made(work, sigmas=(14.6, 3.0, 0.7, 0.1))
     assert short.steps == 3 and np.isfinite(played(short).numpy()).all()
@@ -200,6 +235,7 @@ def test_what_is_wrong_is_told_when_the_recipe_is_read(fields: dict[str, Any], t
         ({"solver": "deis", "sigmas": (9.0, 3.0, 0.0)}, "divides by zero"),
         ({"solver": "deis", "timesteps": (900, 0)}, "leave it out"),
         ({"solver": "lcm", "steps": 4}, "adds noise"),
+        ({"solver": "evodiff", "timesteps": (1000, 500)}, "timestep 1000 is outside"),
         ({"solver": "ddim", "spacing": "karras"}, "choose from: linspace, leading, trailing"),
         ({"solver": "dpm++-single", "spacing": "trailing"}, "choose from: linspace, karras"),
         ({"solver": "ddim", "spacing": "trailing", "steps": 61}, "timesteps 0 to 999"),

@@ -21,6 +21,7 @@ from diffpress.runtime.pipeline import Pipeline
 
 PROMPTS, SEEDS = ["a red ring", "a blue star"], [3, 4]
 KARRAS = {"schedule": {"solver": "dpm++", "steps": 4, "spacing": "karras"}}
+EVODIFF = {"schedule": {"solver": "evodiff", "steps": 5, "spacing": "karras"}}
 EXPLICIT = {"schedule": {"solver": "dpm++", "sigmas": [14.6, 3.1, 0.8, 0.15, 0.03]}}
 
 
@@ -77,7 +78,7 @@ def test_a_report_compares_the_ends_of_different_schedules(
 ) -> None:
     # What takes long and knows no schedule, or is timed elsewhere.
     monkeypatch.setattr("diffpress.runtime.backends.available", lambda: [("onnxruntime", "fp32")])
-    monkeypatch.setattr("diffpress.benchmarks.plain.compare", lambda *_: ([], None))
+    monkeypatch.setattr("diffpress.benchmarks.plain.compare", lambda *_: [])
     monkeypatch.setattr("diffpress.benchmarks.memory.peak_rss", lambda _: 1)
     report = bench(karras.path, str(tiny_pipeline), images=2, quiet=True)
     assert report["per_step"]["latent_rel_l2"]["compressed"] is None
@@ -106,13 +107,16 @@ def test_calibration_and_later_passes_follow(tiny_pipeline: Path) -> None:
     assert scales == {4} and plan.program.marks() == "#-#-"
 
 
-def test_explicit_sigmas_run_in_torch_and_without_it(tiny_pipeline: Path, tmp_path: Path) -> None:
-    bundle = compressed(tiny_pipeline, tmp_path, EXPLICIT)
+@pytest.mark.parametrize(("schedule", "steps"), [(EXPLICIT, 4), (EVODIFF, 5)])
+def test_what_diffusers_does_not_make_runs_in_torch_and_without_it(
+    schedule: Any, steps: int, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    bundle = compressed(tiny_pipeline, tmp_path, schedule, "temporal-table")
     # The very schedule in torch, opened from what the manifest says, is the table.
     sampling = Sampling.from_json(bundle.manifest["sampling"])
     reference = Reference.load(str(tiny_pipeline), sampling, bundle.manifest["scheduler"])
     assert isinstance(reference.pipeline.scheduler, Tabulated)
     wanted = reference(PROMPTS, SEEDS, keep_latents=True).latents
-    assert len(wanted) == 4
+    assert len(wanted) == steps
     for mine, theirs in zip(latents(bundle), wanted, strict=True):
         assert np.linalg.norm(mine - theirs) < 1e-4 * np.linalg.norm(theirs)
