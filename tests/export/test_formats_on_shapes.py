@@ -58,7 +58,7 @@ def finished(work: Work, network: Network, nudge: float = 0.0) -> np.ndarray:
     def denoise(index: int, x: np.ndarray, timestep: float) -> np.ndarray:
         return network(x, timestep, text)
 
-    *_, last = sample(work.sampling, guide(denoise, work.sampling.guidance_scale), start)
+    *_, last = sample(work.sampling, guide(denoise, work.sampling.guidance_scale, work.program), start)
     return last
 
 
