@@ -15,7 +15,8 @@ demo: venv
 	$(BIN)/diffpress demo
 
 test: lint
-	$(BIN)/python -m pytest
+	@: # a worker for each core; a library that took all cores in each would slow all of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check

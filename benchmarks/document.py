@@ -15,6 +15,7 @@ from diffpress.benchmarks.plain import Trial, best
 from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step
 from diffpress.benchmarks.speed import Timings
 from diffpress.bundle import Bundle, denoiser_bytes
+from diffpress.inspection import corrections_of, program_rows
 from diffpress.plan import Sampling, StepProgram
 
 
@@ -111,7 +112,7 @@ def subject(bundle: Bundle, sampling: Sampling, own: Sampling) -> dict[str, Any]
         "sampling": {name: getattr(sampling, name) for name in names},
         "reference": {name: getattr(own, name) for name in names},
         "program": {"marks": program.marks(), "steps": list(program.steps)}
-        | ({"guidance": program.guidance_marks()} if program.guidance else {}),
+        | program_rows(program, corrections_of(bundle, len(program.steps))),
         "engines": [
             {key: entry.get(key) for key in ("target", "path", "precision", "bytes")}
             for entry in manifest.get("engines", [])

@@ -24,7 +24,17 @@ FLAGS = (
     "i8mm",
     "bf16",
 )
-PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "numpy")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+    "numpy",
+    "DeepCache",
+)
 
 
 def machine() -> dict[str, Any]:

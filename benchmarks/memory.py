@@ -41,12 +41,26 @@ def peak_rss(task: Mapping[str, Any]) -> int:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DiffpressError(f"measuring the memory of {task.get('bundle')} failed: {last}")
+        what = task.get("bundle") or ", ".join(task.get("graphs", ()))
+        raise DiffpressError(f"measuring the memory of {what} failed: {last}")
     return int(json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"])
 
 
 def _draw(task: Mapping[str, Any]) -> None:
-    """Load what `task` names and draw one image: {bundle, prompt} and either {against} or {backend, precision}."""
+    """Load what `task` names and draw one image: {bundle, prompt} and either {against} or {backend, precision}.
+
+    Or {graphs, backend}: open all of them, in fp32, and run each once with a batch of two and ones everywhere.
+    """
+    if "graphs" in task:
+        import numpy as np
+
+        from diffpress.runtime.backends import open_session
+
+        sessions = [open_session(Path(file), task["backend"]) for file in task["graphs"]]
+        for session in sessions:
+            session.run({name: np.ones([size or 2 for size in port.shape], port.dtype)
+                         for name, port in session.inputs.items()})  # fmt: skip
+        return
     from diffpress import bundle
 
     opened = bundle.read(task["bundle"])

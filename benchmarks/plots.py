@@ -178,3 +178,79 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up:
         body.append(_text(LEFT + 24, y + 1, name, "start"))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
     return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
+
+
+_MARKS = ("circle", "square", "diamond", "cross", "triangle")
+
+
+def _mark(kind: str, x: float, y: float, colour: str, title: str = "") -> str:
+    """A mark of about 7 units around (x, y)."""
+    inner = f"<title>{escape(title)}</title>" if title else ""
+    if kind == "circle":
+        return f'<circle fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">{inner}</circle>'
+    shapes = {
+        "square": f"M{x - 3:.1f} {y - 3:.1f}h6v6h-6z",
+        "diamond": f"M{x:.1f} {y - 4:.1f}l4 4l-4 4l-4 -4z",
+        "triangle": f"M{x:.1f} {y - 4:.1f}l4 7h-8z",
+        "cross": f"M{x - 3:.1f} {y - 3:.1f}l6 6m0 -6l-6 6",
+    }
+    paint = f'stroke="{colour}" stroke-width="2"' if kind == "cross" else f'fill="{colour}"'
+    return f'<path {paint} d="{shapes[kind]}">{inner}</path>'
+
+
+def scatter(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    line: tuple[str, Sequence[tuple[float, float]]],
+    across: str,
+    up: str,
+) -> str:
+    """Points (x, y) of many series and one line, both scales logarithmic, the legend below; an SVG that stands alone.
+
+    Series differ by mark and colour; raises `ValueError` for more than these can tell apart.
+    """
+    styles = [(mark, colour) for mark in _MARKS for colour in COLOURS[1:]]
+    if len(series) > len(styles):
+        raise ValueError(f"{len(series)} series, but {len(styles)} marks to tell them apart")
+    points = [point for dots in (*series.values(), line[1]) for point in dots]
+    ticks = log_ticks(min(y for _, y in points), max(y for _, y in points))
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1]) + (len(ticks) == 1)
+    first, last = math.log10(min(x for x, _ in points) * 0.95), math.log10(max(x for x, _ in points) * 1.05)
+    chart = 300
+    bottom, top = chart - BOTTOM, TOP + 14
+
+    def x_of(value: float) -> float:
+        return LEFT + (math.log10(value) - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+
+    def y_of(value: float) -> float:
+        return bottom - (math.log10(value) - low) / (high - low) * (bottom - top)
+
+    body = [f"<style>{ALONE}</style>"]
+    for tick in ticks:
+        y = y_of(tick)
+        body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(_text(LEFT - 6, y + 4, _power(tick), "end"))
+    for place in _steps_between(10**first, 10**last):
+        x = x_of(place)
+        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        body.append(_text(x, bottom + 17, f"{place:g}"))
+    body += [_text(WIDTH - RIGHT, chart - 3, across, "end"), _text(0, 11, up, "start")]
+    path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in sorted(line[1]))
+    body.append(f'<polyline stroke="{COLOURS[0]}" points="{path}"/>')
+    for (name, dots), (mark, colour) in zip(series.items(), styles, strict=False):
+        body += [_mark(mark, x_of(x), y_of(y), colour, f"{name}, {x:.3g}: {y:.3g}") for x, y in dots]
+    entries = [(line[0], "", COLOURS[0])]
+    entries += [(name, *style) for name, style in zip(series, styles, strict=False)]
+    for number, (name, mark, colour) in enumerate(entries):
+        x, y = 8 + (number % 2) * WIDTH / 2, chart + 14 + 15 * (number // 2)
+        key = f'<rect fill="{colour}" x="{x - 5:.1f}" y="{y - 1:.1f}" width="11" height="2"/>'
+        body.append(_mark(mark, x, y, colour) if mark else key)
+        body.append(_text(x + 10, y + 4, name, "start"))
+    height = chart + 8 + 15 * math.ceil(len(entries) / 2)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
+    return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
+
+
+def _steps_between(low: float, high: float) -> list[float]:
+    """1, 2, 3, 5, 7 times powers of ten from `low` to `high`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [unit * 10.0**power for power in powers for unit in (1, 2, 3, 5, 7) if low <= unit * 10.0**power <= high]

@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffpress import api
-from diffpress.benchmarks import candidates, machine, prompts, scores
+from diffpress.benchmarks import candidates, prompts, scores
 from diffpress.benchmarks.candidates import Drawn, Reference
+from diffpress.benchmarks.recipe_rows import Row, file_name, head
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.quantize.post_training import SHORTCUTS
@@ -35,25 +34,6 @@ EVERY_STEP = {"method": "every-step", "prompts": 12}  # of 4, ranges fit the pro
 RECONSTRUCT = {"reconstruct": {"iterations": 600, "scale_iterations": 150, "calls": 128}}
 FINETUNE = {"finetune": {"iterations": 400}}
 CONVOLUTIONS = ("*.conv*", "*.proj_in", "*.proj_out", "*samplers*")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A recipe to measure: its passes and how it is calibrated. `quick` rows are those of --quick."""
-
-    group: str
-    passes: tuple[Any, ...]
-    calibration: Mapping[str, Any] | None = None
-    quick: bool = False
-
-    def beginning(self, count: int) -> tuple[Any, ...]:
-        """What the first `count` passes depend on."""
-        return self.calibration, self.passes[:count]
-
-    def recipe(self, name: str) -> Recipe:
-        """As `diffpress compress` would read it."""
-        entries = {"name": name, "passes": self.passes}
-        return Recipe.model_validate(entries | ({"calibration": self.calibration} if self.calibration else {}))
 
 
 def _quantize(format: str, **fields: Any) -> dict[str, Any]:
@@ -244,7 +224,7 @@ def main() -> None:
     reference = candidates.stored(folder / "fp32.npz")
     entries = []
     for name, row in rows.items():
-        file = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+        file = folder / f"{file_name(name)}.json"
         if not file.exists() or reference is None:
             entry, drawn = measure(name, row, base, chosen, reference, judging, folder / "unfinished")
             if reference is None:
@@ -253,9 +233,7 @@ def main() -> None:
             file.write_text(json.dumps(entry))
         entries.append(json.loads(file.read_text()))
     document = {
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "sampling": {"scheduler": base.sampling.scheduler, "steps": steps, "guidance": base.sampling.guidance_scale},
+        **head(base.sampling),
         "images": images,
         "rows": [entry | {"seconds": alone(entry, rows, entries)} for entry in entries],
     }

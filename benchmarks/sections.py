@@ -13,7 +13,25 @@ from diffpress.benchmarks.verdict import milliseconds, rescheduled, schedule, si
 DASH = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 COLOURS = {REFERENCE: "reference", EXPORT: "export", STRICT: "export", COMPRESSED: "compressed"}
-KINDS = {"#": "full", "-": "reuse"}
+# A cell of the step program: what it is called in the style sheet, and in words.
+KINDS = {
+    "#": ("full", "computed"),
+    "-": ("reuse", "taken from an earlier step"),
+    "+": ("corrected", "taken and corrected"),
+    "/": ("extrapolated", "extrapolated from two earlier steps"),
+    ".": ("within", "as the part around it"),
+}
+GUIDED = {
+    "#": ("full", "both halves"),
+    "-": ("reuse", "the conditional half and the last difference"),
+    ".": ("within", "the conditional half alone"),
+}
+TOGETHER = {
+    "|": ("call", "a call by itself"),
+    "[": ("call on", "first of a call of several steps"),
+    "=": ("call on", "in the same call"),
+    "]": ("call", "last of the same call"),
+}
 
 
 def rows_to_table(head: Sequence[str], rows: Iterable[Sequence[str]], own: str = "") -> str:
@@ -78,20 +96,44 @@ def speed(report: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def program_grid(program: Mapping[str, Any]) -> str:
+    """The step program as rows of cells: a row per part of the denoiser that it treats apart, a column per step."""
+    # A report from before parts were told apart has one row.
+    parts = program.get("segments") or [{"name": "denoiser", "marks": program["marks"]}]
+    rows = [(part["name"], part["marks"], KINDS) for part in parts]
+    extras = (("together", "calls", TOGETHER), ("guidance", "guidance", GUIDED))
+    rows += [(name, program[key], kinds) for key, name, kinds in extras if program.get(key)]
+    drawn = []
+    for name, marks, kinds in rows:
+        cells = "".join(
+            f'<i class="{kinds[mark][0]}" title="step {index}: {escape(variant)}, {kinds[mark][1]}"></i>'
+            for index, (mark, variant) in enumerate(zip(marks, program["steps"], strict=True), 1)
+        )
+        drawn.append(f'<span>{escape(name)}</span><div class="program">{cells}</div>')
+    ends = f'<div class="ruler"><span>1</span><span>step</span><span>{len(program["steps"])}</span></div>'
+    return "".join([*drawn, "<span></span>", ends])
+
+
+def program_legend(program: Mapping[str, Any]) -> str:
+    """What the cells of the grid mean; empty where all are alike."""
+    used = {mark for part in program.get("segments") or [program] for mark in part["marks"]}
+    entries = [KINDS[mark] for mark in KINDS if mark in used] if len(used) > 1 else []
+    entries += [("call on", "joined: steps that run together in one call")] if program.get("together") else []
+    guided = set(program.get("guidance") or "")
+    entries += [(GUIDED[mark][0], f"guidance: {GUIDED[mark][1]}") for mark in GUIDED if mark in guided]
+    items = "".join(f'<li><i class="cell {kind}"></i>{escape(words)}</li>' for kind, words in entries)
+    return f'<ul class="legend">{items}</ul>' if items else ""
+
+
 def steps(report: Mapping[str, Any]) -> dict[str, str]:
-    """The step program as a row of marks, the time of each step, the error after each."""
+    """The step program as a grid, the time of each step, the error after each."""
     marks, times = report["program"]["marks"], report["steps_ms"]
     full = marks.count("#")
-    names = zip(marks, report["program"]["steps"], strict=True)
-    cells = "".join(
-        f'<i class="{KINDS[mark]}" title="step {i}: {escape(name)}"></i>'
-        for i, (mark, name) in enumerate(names, start=1)
-    )
     if full == len(marks):
         note = f"All {full} steps run the whole denoiser."
     else:
-        note = f"{full} of {len(marks)} steps run the whole denoiser (strong colour), "
-        note += f"{len(marks) - full} reuse features of an earlier one (pale)."
+        note = f"{full} of {len(marks)} steps run the whole denoiser, "
+        note += f"{len(marks) - full} take a part of it from an earlier one. A column is a step, a row a part."
     rival = STRICT if STRICT in times else EXPORT
     others = {"reference_eager": times[REFERENCE], "uncompressed_export": times[rival]}
     labels = _labels(report)
@@ -106,7 +148,8 @@ def steps(report: Mapping[str, Any]) -> dict[str, str]:
     if EXPORT in errors:
         error_legend.append(("export", "uncompressed: what the backend alone changes"))
     return {
-        "program": cells,
+        "program": program_grid(report["program"]),
+        "program_legend": program_legend(report["program"]),
         "program_note": escape(f"{note} Steps are compared on {report['per_step']['images']} images."),
         "step_plot": plots.step_columns(times[COMPRESSED], marks, others, "time of each step"),
         "step_legend": _legend([*kinds, ("export", labels[rival]), ("reference", labels[REFERENCE])]),

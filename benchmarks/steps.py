@@ -10,27 +10,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffpress import api
-from diffpress import bundle as bundles
-from diffpress.benchmarks import candidates, machine, prompts, scores
+from diffpress.benchmarks import candidates, prompts, scores
 from diffpress.benchmarks.candidates import Drawn, Reference
 from diffpress.benchmarks.latency import alternate, paired_ratio
+from diffpress.benchmarks.recipe_rows import (
+    BATCH,
+    CONVERGED,
+    Row,
+    compared,
+    export,
+    file_name,
+    following,
+    head,
+    references,
+)
 from diffpress.compress.cache.execute import execution
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.run import PassResult, run
 from diffpress.compress.schedule.economy import guidance_of, spread
-from diffpress.compress.schedule.published import karras
-from diffpress.compress.schedule.solver import alphas_cumprod
 from diffpress.compress.work import Work
-from diffpress.plan import REUSE, StepProgram
+from diffpress.plan import REUSE
 from diffpress.runtime import backends
 from diffpress.runtime.pipeline import Pipeline
 
@@ -48,8 +55,7 @@ ECONOMIES: dict[str, tuple[int, Mapping[str, Any] | None]] = {
     "20 steps, difference reused as planned": (20, {"every": 2, "plan": "calibrated", "prompts": 8, "trials": 16}),
     "15 steps": (15, None),
 }
-CONVERGED = 200
-BATCH, ROUNDS = 16, 7
+ROUNDS = 7
 PLAIN: dict[str, Mapping[str, Any]] = {
     "DDIM": {"solver": "ddim"},
     "DDIM, trailing": {"solver": "ddim", "spacing": "trailing"},
@@ -78,26 +84,13 @@ FOUND: dict[str, Mapping[str, Any]] = {
 QUICK = ("DDIM", "DPM-Solver++, Karras", "UniPC, Karras")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A recipe to measure, and where it belongs."""
-
-    group: str
-    passes: tuple[Any, ...]
-    quick: bool = False
-
-    def recipe(self, name: str) -> Recipe:
-        """As `diffpress compress` would read it."""
-        return Recipe.model_validate({"name": name, "passes": self.passes})
-
-
 def table() -> dict[str, Row]:
     """All rows by name."""
     rows = {}
     for name, fields in PLAIN.items():
         for steps in COUNTS:
             quick = name in QUICK and steps in (8, 12)
-            rows[f"{name}, {steps} steps"] = Row("schedule", (_schedule(fields, steps),), quick)
+            rows[f"{name}, {steps} steps"] = Row("schedule", (_schedule(fields, steps),), quick=quick)
     for name, fields in FOUND.items():
         for steps in SEARCHED:
             rows[f"{name}, {steps} steps"] = Row("found schedule", (_schedule(fields, steps),))
@@ -121,7 +114,7 @@ def measure(
     row: Row,
     exported: Pipeline,
     chosen: prompts.Prompts,
-    references: tuple[Drawn, Drawn],
+    wanted: tuple[Drawn, Drawn],
     judging: scores.Judging,
     scratch: Path,
 ) -> dict[str, Any]:
@@ -137,17 +130,17 @@ def measure(
     if work.quantization:
         with (
             simulated(work.denoiser, work.quantization, work.sampling.timesteps),
-            execution(work.program, work.features).watched(work.pipeline, lambda index, call: None),
+            execution(work.program, work.corrections).watched(work.pipeline, lambda index, call: None),
         ):
             drawn = candidates.draw(Reference(work.pipeline, work.sampling), chosen.texts, seeds, BATCH)
     else:
-        drawn = candidates.draw(_following(exported, work.sampling, work.program), chosen.texts, seeds, BATCH)
+        drawn = candidates.draw(following(exported, work.sampling, work.program), chosen.texts, seeds, BATCH)
     return {
         "name": name,
         "group": row.group,
         "steps": work.sampling.steps,
         "evaluations": work.program.evaluations(),
-        **compared(drawn, references, judging),
+        **compared(drawn, wanted, judging),
         "timesteps": list(work.sampling.timesteps),
         "passes": [f"{result.name}: {result.summary}" for result in passes],
         "corrections": work.tables.get("correct"),
@@ -164,32 +157,6 @@ def _work(recipe: Recipe, scratch: Path) -> tuple[Work, list[PassResult]]:
 
 def _solver(row: Row) -> str:
     return str(row.passes[0]["schedule"]["solver"])
-
-
-def compared(drawn: Drawn, references: tuple[Drawn, Drawn], judging: scores.Judging) -> dict[str, Any]:
-    """Distances to the pipeline's own images and to the converged ones, and what the images show."""
-    own, converged = (scores.distances(drawn, reference) for reference in references)
-    content = judging.content(drawn.pixels)
-    names = ("latent_rel_l2", "latent_rel_l2_median")
-    return {
-        **{key: own[key] for key in (*names, "psnr_db", "ssim")},
-        **{key.replace("l2", "l2_converged"): converged[key] for key in names},
-        **{key: getattr(content, key) for key in ("clip_score", "frechet", "attribute_accuracy")},
-    }
-
-
-def _drawn(file: Path, pipeline: Pipeline, chosen: prompts.Prompts) -> Drawn:
-    """What an earlier run drew, or what `pipeline` draws now."""
-    drawn = candidates.stored(file)
-    if drawn is None:
-        drawn = candidates.draw(pipeline, chosen.texts, list(range(len(chosen.texts))), BATCH)
-        candidates.store(file, drawn)
-    return drawn
-
-
-def _following(exported: Pipeline, sampling: Any, program: StepProgram) -> Pipeline:
-    """The export on another schedule, without opening its graphs again."""
-    return replace(exported, sampling=sampling, denoiser=replace(exported.denoiser, program=program))
 
 
 Shape = tuple[int, float]  # steps and evaluations of a row
@@ -215,7 +182,7 @@ def speedups(shapes: set[Shape], exported: Pipeline, eager: Reference, prompt: s
         times = alternate(
             {
                 "eager": partial(_draw, eager, prompt),
-                "export": partial(_draw, _following(exported, work.sampling, program), prompt),
+                "export": partial(_draw, following(exported, work.sampling, program), prompt),
             },
             ROUNDS,
         )
@@ -246,17 +213,10 @@ def main() -> None:
     chosen = prompts.choose(images, shapes=True)
     judging = scores.Judging(chosen)
     backend = backends.available()[0][0]
-    exported = _export(options.work / "fp32", backend)
+    exported = export(options.work / "fp32", backend)
     base = api.begin("shapes", Recipe(name="own"), quiet=True)
     eager = Reference(base.pipeline, base.sampling)
-    own = _drawn(folder / "own.npz", _following(exported, base.sampling, base.program), chosen)
-    sigmas = karras(CONVERGED, alphas_cumprod(base))
-    recipe = Recipe.model_validate(
-        {"name": "converged", "passes": [{"schedule": {"solver": "dpm++", "sigmas": sigmas}}]}
-    )
-    work = api.begin("shapes", recipe, quiet=True)
-    run(recipe.built(), work)
-    converged = _drawn(folder / "converged.npz", _following(exported, work.sampling, work.program), chosen)
+    own, converged = references(folder, exported, base, chosen)
     entries: list[dict[str, Any]] = [
         {"name": "DDIM, 50 steps: the pipeline's own", "group": "reference", "steps": 50, "evaluations": 50.0}
         | compared(own, (own, converged), judging),
@@ -265,7 +225,7 @@ def main() -> None:
         | compared(converged, (own, converged), judging),
     ]
     for name, row in rows.items():
-        file = folder / f"{re.sub('[^a-z0-9]+', '-', name.lower().replace('++', 'pp'))}.json"
+        file = folder / f"{file_name(name)}.json"
         if options.measured and not file.exists():
             continue
         if not file.exists():
@@ -275,10 +235,7 @@ def main() -> None:
     timed = {shape(entry) for entry in entries if not entry["group"].startswith("INT8")}
     ratios = speedups(timed, exported, eager, chosen.texts[0])
     document = {
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "sampling": {"scheduler": base.sampling.scheduler, "steps": base.sampling.steps}
-        | {"guidance": base.sampling.guidance_scale},
+        **head(base.sampling),
         "backend": f"{exported.backend} {exported.precision}",
         "images": images,
         # What is simulated has no time of its own.
@@ -288,13 +245,6 @@ def main() -> None:
         ],
     }
     options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-
-
-def _export(folder: Path, backend: str) -> Pipeline:
-    """The uncompressed export, which takes any schedule."""
-    if not (folder / bundles.MANIFEST).exists():
-        api.compress("shapes", "fp32", folder, quiet=True)
-    return Pipeline.load(folder, backend, "fp32")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import steps_tables, verdict
+from diffpress.benchmarks import caching_tables, steps_tables, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -292,6 +292,9 @@ def unet_speed() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "caching": caching_tables.caching,
+    "caching_all": caching_tables.caching_all,
+    "caching_claims": caching_tables.claims,
     "claims": claims,
     "demo": demo,
     "faithful": faithful,
@@ -309,14 +312,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "unet_speed": unet_speed,
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
-DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "steps.svg")]
+PLOTS = {"steps.svg": steps_tables.plot}
+DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", *PLOTS)]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *DOCS, *RECIPES)
 
 
 def filled(file: Path) -> str:
     """The text of `file` with every table, or a recipe's first line, made anew."""
     if file.suffix == ".svg":
-        return steps_tables.plot()
+        return PLOTS[file.name]()
     text = file.read_text("utf-8")
     if file.suffix == ".yaml":
         rest = [line for line in text.splitlines(keepends=True) if not line.startswith("# On `shapes`")]

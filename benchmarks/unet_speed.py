@@ -24,6 +24,7 @@ from diffpress.benchmarks.latency import alternate, paired_ratio, summary
 from diffpress.calibration.capture import Call
 from diffpress.calibration.statistics import observe_inputs
 from diffpress.compress.families import unet as family
+from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.compress.quantize.post_training import QuantizePass
@@ -107,7 +108,7 @@ def make(folder: Path) -> None:
     plan = quantization(unet, feeds) if "int8" in missing else {}
     with graphs.plain_attention(unet):
         for name in missing:
-            spec = GraphSpec(family.UNetGraph(unet), inputs(2), ("out_sample",))
+            spec = GraphSpec(UNetGraph(unet), inputs(2), ("out_sample",))
             model = graphs.to_onnx(spec)
             if name == "int8":
                 qdq.insert(model, plan)

@@ -57,6 +57,7 @@ class Tabulated:
         self.timesteps = torch.tensor(self.sampling.timesteps, dtype=torch.float32, device=device)
         self._index = 0
         self._history: dict[tuple[str, int], Tensor] = {}
+        self._start = torch.zeros(())  # the sample of the first call
         self._state: evodiff.State | None = None
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -72,8 +73,13 @@ class Tabulated:
             model_output = model_output - offsets[:, None, None]
         self._history["sample", index], self._history["output", index] = sample, model_output
         total = torch.zeros_like(sample, dtype=torch.float64)
+        if index == 0:
+            self._start = sample
         for kind, lag, coefficient in self.sampling.terms[index]:
-            total += coefficient * self._history[kind, index - lag].double()
+            if kind == "noise":
+                total += (coefficient / self.sampling.init_noise_sigma) * self._start.double()
+            else:
+                total += coefficient * self._history[kind, index - lag].double()
         self._history = {key: value for key, value in self._history.items() if self._last_use.get(key, -1) > index}
         if self.sampling.solver == "evodiff":
             total, self._state = evodiff.advance(self.sampling, index, sample.double(), total, self._state)

@@ -12,7 +12,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from diffpress.calibration.sets import Method
+from diffpress.compress.cache.budget import CacheBudgetPass
+from diffpress.compress.cache.cachequant import CacheQuantPass
+from diffpress.compress.cache.correct_pass import CacheCorrectPass
 from diffpress.compress.cache.deepcache import CachePass
+from diffpress.compress.cache.delta import DeltaCachePass
+from diffpress.compress.cache.faster_diffusion import FasterDiffusionPass
+from diffpress.compress.cache.invardiff import InvarDiffPass
+from diffpress.compress.cache.magcache import MagCachePass
+from diffpress.compress.cache.planned import PlannedPass
+from diffpress.compress.cache.smoothcache import SmoothCachePass
+from diffpress.compress.cache.taylorseer import TaylorSeerPass
+from diffpress.compress.cache.tgate import TGatePass
+from diffpress.compress.cache.threshold import FreezePass
 from diffpress.compress.quantize.finetune import FinetunePass
 from diffpress.compress.quantize.mixed_precision import MixedPrecisionPass
 from diffpress.compress.quantize.modelopt import ModeloptPass
@@ -38,6 +50,18 @@ PASSES: dict[str, type[Any]] = {
     "mixed-precision": MixedPrecisionPass,
     "modelopt": ModeloptPass,
     "cache": CachePass,
+    "cache-budget": CacheBudgetPass,
+    "cachequant": CacheQuantPass,
+    "taylorseer": TaylorSeerPass,
+    "cache-correct": CacheCorrectPass,
+    "faster-diffusion": FasterDiffusionPass,
+    "delta-cache": DeltaCachePass,
+    "invardiff": InvarDiffPass,
+    "smoothcache": SmoothCachePass,
+    "planned": PlannedPass,
+    "magcache": MagCachePass,
+    "freeze": FreezePass,
+    "tgate": TGatePass,
     CORRECT: CorrectPass,
 }
 
@@ -123,5 +147,10 @@ def load(name_or_file: str) -> Recipe:
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every pass's fields filled in, for the manifest."""
-    passes = [{name: asdict(built)} for name, built in recipe.built()]  # type: ignore[call-overload]
+    passes = [{name: _plain(asdict(built))} for name, built in recipe.built()]  # type: ignore[call-overload]
     return {**recipe.model_dump(), "passes": passes}
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """A path as JSON holds it."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

@@ -37,7 +37,9 @@ def state_folder(name: str, settings: object, work: Work, calls: Iterable[Call] 
     for path, layer in work.quantization.items():
         state.update(f"{path} ".encode() + layer.contents())
     for call in calls:
-        state.update(call.sample.cpu().contiguous().numpy().tobytes() + repr(call.timestep.tolist()).encode())
+        for tensor in (call.sample, *call.features.values()):
+            state.update(tensor.cpu().contiguous().numpy().tobytes())
+        state.update(repr((call.timestep.tolist(), call.variant, *call.features)).encode())
     return work.scratch / f"{name}-{state.hexdigest()[:16]}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 from diffpress.calibration.capture import Call, Execution, Recordings
 from diffpress.compress.cache.execute import execution, replay
 from diffpress.compress.schedule.trajectory import Trajectories
-from diffpress.plan import FULL, LayerQuant, Plan, Sampling, StepProgram, TemporalTable
+from diffpress.plan import FULL, Corrections, LayerQuant, MadeFor, Plan, Sampling, StepProgram, TemporalTable
 
 
 @dataclass
@@ -30,13 +30,18 @@ class Work:
     scorer: Callable[[str], float] | None = None  # "accuracy" in points or "clip": of what the pipeline draws now
     # Opens so many trajectories of the model as it was read, on the fastest runtime here; each draw has its own noise.
     trajectories: Callable[[int, int], Trajectories] | None = None
+    # Milliseconds of a call of each variant, both halves of guidance, on the fastest runtime here, as it would ship.
+    latency: Callable[[StepProgram, Corrections | None], Mapping[str, float]] | None = None
     program: StepProgram = field(init=False)
     quantization: dict[str, LayerQuant] = field(default_factory=dict)
     temporal: TemporalTable | None = None
-    features: dict[str, int] = field(default_factory=dict)  # feature name to its branch in the denoiser
+    corrections: Corrections | None = None  # of the features that the step program reads
     original: Callable[[], Any] | None = None  # opens the model's denoiser anew, as no pass has changed it
     originals: dict[str, Tensor] = field(default_factory=dict)  # by parameter path, before the first pass changed it
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # what a pass found, row by row, by its name
+    model: str = ""  # digest of the model that is compressed
+    passes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # that were applied, as in a recipe
+    planned_for: MadeFor | None = field(default=None, init=False)  # what the step program was planned for
     _recorded: tuple[tuple[str, Sampling], Recordings] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +57,7 @@ class Work:
 
         They are of the weights at the first asking, so ask before changing weights, and outside of `simulated`.
         """
-        now = execution(self.program, self.features)
+        now = execution(self.program, self.corrections)
         key = (now.key, self.sampling)
         if self._recorded is None or self._recorded[0] != key:
             self._recorded = (key, self.recorder(now))
@@ -68,17 +73,22 @@ class Work:
         The step program is full at every call again, and what is recorded or left unfinished is the schedule's own.
         """
         self.pipeline.scheduler, self.sampling = scheduler, sampling
-        self.program, self.features = StepProgram((FULL,) * len(sampling.timesteps)), {}
+        self.program, self.corrections = StepProgram((FULL,) * len(sampling.timesteps)), None
         state = hashlib.sha256(json.dumps(sampling.to_json()).encode())
         self.scratch = self.scratch / f"schedule-{state.hexdigest()[:16]}"
 
     def run(self, call: Call) -> Tensor:
         """`out_sample` [2, C, H, W] of the denoiser as it is now on a recorded call; gradients flow."""
-        return replay(self.denoiser, self.program, self.features, call)
+        return replay(self.denoiser, self.program, self.corrections, call)
+
+    def made_for(self) -> MadeFor:
+        """What a step program that is planned now is made for."""
+        return MadeFor(self.model, self.sampling, tuple(self.passes))
 
     def plan(self) -> Plan:
         """The decisions so far, as data."""
-        return Plan(self.sampling, self.program, dict(self.quantization), self.temporal)
+        made_for = self.planned_for or self.made_for()
+        return Plan(self.sampling, self.program, dict(self.quantization), self.temporal, self.corrections, made_for)
 
 
 class Pass(Protocol):

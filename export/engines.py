@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import diffpress
 from diffpress.bundle import Bundle, load, update
 from diffpress.errors import DiffpressError
 from diffpress.export import turing
-from diffpress.plan import StepProgram
+from diffpress.plan import FULL, StepProgram
 
 LIBRARIES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}  # module -> package, the preferred one first
 OTHERS = ("text_encoder", "vae_decoder")  # the components beside the denoiser that a run needs
@@ -154,9 +155,17 @@ def _graphs(bundle: Bundle) -> list[_Graph]:
 
 
 def _batch(program: StepProgram, variant: str) -> tuple[int, int, int]:
-    """From one half of guidance to both at once; fastest with what most of the variant's steps compute."""
-    halves = program.halves(variant) or (2,)
-    return 1, halves[0], max(halves)
+    """From one half of guidance to the largest batch of the variant's calls; fastest with the most frequent one.
+
+    A call has both halves of guidance or one, of one step or of all that it runs together.
+    """
+    sizes = Counter(
+        count * (2 if program.guided(first) == FULL else 1)
+        for first, count in program.runs()
+        if program.steps[first] == variant
+    )
+    most = [size for size, _ in sizes.most_common()] or [2]
+    return 1, most[0], max(most)
 
 
 def _types(model: ir.Model) -> frozenset[str]:

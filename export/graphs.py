@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -66,8 +67,12 @@ def plain_attention(denoiser: Any) -> Iterator[None]:
 def to_onnx(spec: GraphSpec) -> ir.Model:
     """Export and simplify. Nodes keep the module path they came from in their metadata until `finish`."""
     batch = torch.export.Dim.DYNAMIC
-    dynamic = tuple(None if name in spec.fixed else {0: batch} for name in spec.inputs)
+    dynamic: tuple[Any, ...] = tuple(None if name in spec.fixed else {0: batch} for name in spec.inputs)
     module = spec.module.eval()
+    named = [entry.kind is not entry.VAR_POSITIONAL for entry in inspect.signature(module.forward).parameters.values()]
+    rest = dynamic[named.index(False) :] if False in named else ()
+    if rest:  # the exporter wants those of `*features` as one
+        dynamic = (*dynamic[: -len(rest)], rest)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         try:

@@ -20,19 +20,24 @@ AMPLIFIED = 5  # times the largest answer of a network to such noise
 
 
 def tolerance(module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """What a faithful graph of `module` may differ by: a few times what noise in the last bits of its input does.
+    """What a faithful graph of `module` may differ by: a few times what noise in the last bits of its inputs does.
 
     A float network answers with noise of the same size. One that rounds to integers does not: a value on the edge
-    between two falls the other way, and the layers behind amplify it.
+    between two falls the other way, and the layers behind amplify it. Timesteps stay as they are; a decoder looks at
+    nothing but features and text.
     """
-    first, *rest = inputs.values()
-    if not first.is_floating_point():
+    values = list(inputs.values())
+    if not values[0].is_floating_point():
         return FLOAT_TOLERANCE
     generator = torch.Generator().manual_seed(0)
-    exact = _tuple(module(first, *rest))
+
+    def noisy(value: Tensor) -> Tensor:
+        return value * (1 + NOISE * torch.randn(value.shape, generator=generator)) if value.ndim > 1 else value
+
+    exact = _tuple(module(*values))
     errors = []
     for _ in range(DRAWS):
-        moved = _tuple(module(first * (1 + NOISE * torch.randn(first.shape, generator=generator)), *rest))
+        moved = _tuple(module(*map(noisy, values)))
         errors += [float((b - a).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(exact, moved, strict=True)]
     return max(FLOAT_TOLERANCE, AMPLIFIED * max(errors))
 

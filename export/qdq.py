@@ -8,7 +8,8 @@ Where every step has its own scale s[step], the graph keeps one scale s0 and loo
 
     x -> Mul(r) -> Q(s0) -> DQ(s0) -> layer without bias -> Mul(1 / r) -> Add(bias)
 
-which is quantization with s[step], exactly where r is a power of two.
+which is quantization with s[step], exactly where r is a power of two. A graph whose steps run together has a timestep,
+and so an r, for each row.
 """
 
 from __future__ import annotations
@@ -172,19 +173,22 @@ def _scaled(graph: _Graph, node: ir.Node, layer: LayerQuant, by_step: np.ndarray
         shape = (-1, 1, 1) if node.op_type == "Conv" else (-1,)
         factor = graph.constant(f"{stem}_multiplier", layer.multiplier.astype(np.float32).reshape(shape))
     if by_step is not None:
-        looked_up = _at_step(graph, node, by_step, f"{stem}_step")
+        looked_up = _at_step(graph, node, by_step, f"{stem}_step", source)
         factor = looked_up if factor is None else graph.before(node, "Mul", [factor, looked_up], f"{stem}_factor")
     assert factor is not None
     graph.shared[key] = graph.before(node, "Mul", [source, factor], f"{stem}_mul", source)
     return graph.shared[key]
 
 
-def _at_step(graph: _Graph, user: ir.Node, values: np.ndarray, name: str) -> ir.Value:
-    """The value [1] of the step the graph is called for; `values` [steps]."""
+def _at_step(graph: _Graph, user: ir.Node, values: np.ndarray, name: str, like: ir.Value) -> ir.Value:
+    """The value [1] of the step the graph is called for; `values` [steps].
+
+    Where the graph takes a timestep for each row, [N, 1, ...] with as many dimensions as `like` [N, ...] has.
+    """
     if len(values) != len(graph.timesteps):
         raise DiffpressError(f"{len(values)} scales by step do not fit a schedule of {len(graph.timesteps)} calls")
     if ("row",) not in graph.shared:
-        timestep = next(value for value in graph.model.graph.inputs if value.name == "timestep")
+        timestep = _timestep(graph)
         first = graph.model.graph[0]  # every layer comes after it
         # A column, because TensorRT's ArgMin wants two dimensions; the row that comes out is [1].
         schedule = graph.constant("schedule", np.array(graph.timesteps, np.float32).reshape(-1, 1))
@@ -192,19 +196,28 @@ def _at_step(graph: _Graph, user: ir.Node, values: np.ndarray, name: str) -> ir.
         distance = graph.before(first, "Abs", [away], "schedule_distance")
         graph.shared["row",] = graph.before(first, "ArgMin", [distance], "schedule_row", axis=0, keepdims=0)
     table = graph.constant(f"{name}_table", values.astype(np.float32))
-    return graph.before(user, "Gather", [table, graph.shared["row",]], name, axis=0)
+    found = graph.before(user, "Gather", [table, graph.shared["row",]], name, axis=0)
+    shape = _timestep(graph).shape
+    if shape is None or isinstance(shape[0], int):
+        return found
+    assert like.shape is not None  # the exporter writes them all
+    rank = len(like.shape)
+    by_row = graph.constant(f"by_row_{rank}", np.array([-1, *[1] * (rank - 1)], np.int64))
+    return graph.before(user, "Reshape", [found, by_row], f"{name}_rows")
+
+
+def _timestep(graph: _Graph) -> ir.Value:
+    return next(value for value in graph.model.graph.inputs if value.name == "timestep")
 
 
 def _undo_after(graph: _Graph, node: ir.Node, by_step: np.ndarray) -> None:
     """Multiply the layer's product by its factor of the step, before its bias is added."""
     output = node.outputs[0]
-    if output.is_graph_output():
-        raise DiffpressError(f"layer {node.name} gives an output of the graph and cannot have scales by step")
     users = [(usage.node, usage.idx) for usage in output.uses()]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     name = f"{node.name}_unstep"
     following = _next(graph.model, node)
-    looked_up = _at_step(graph, following, by_step, name)
+    looked_up = _at_step(graph, following, by_step, name, output)
     value = graph.before(following, "Mul", [output, looked_up], f"{name}_mul", output)
     if bias is not None:
         node.resize_inputs(2)
@@ -214,6 +227,10 @@ def _undo_after(graph: _Graph, node: ir.Node, by_step: np.ndarray) -> None:
         value = graph.before(following, "Add", [value, bias], f"{name}_add", output)
     for user, index in users:
         user.replace_input_with(index, value)
+    outputs = graph.model.graph.outputs
+    for index in [place for place, other in enumerate(outputs) if other is output]:  # a feature that is handed out
+        outputs[index] = value
+        output.name, value.name = f"{name}_before", output.name
 
 
 def _next(model: ir.Model, node: ir.Node) -> ir.Node:

@@ -10,17 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
 import diffpress
 from diffpress.bundle import DIALECT, denoiser_bytes
-from diffpress.compress.families import unet as family
+from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, parity, qdq, store
 from diffpress.export.deploy import deployable, settled
 from diffpress.export.graphs import GraphSpec
-from diffpress.plan import FULL, Plan, Sampling
+from diffpress.plan import EARLIER, FULL, LayerQuant, Plan, Sampling
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 CLASS = ("_class_name", "_diffusers_version")  # what diffusers opens a configuration with
@@ -29,7 +30,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def denoiser_specs(
-    denoiser: Any, plan: Plan, features: Mapping[str, int], latent: tuple[int, int, int], text: tuple[int, int]
+    denoiser: Any, plan: Plan, latent: tuple[int, int, int], text: tuple[int, int]
 ) -> dict[str, GraphSpec]:
     """A graph per variant of the step program, with example inputs for a batch of two (both guidance halves)."""
     generator = torch.Generator().manual_seed(0)
@@ -40,15 +41,22 @@ def denoiser_specs(
         "timestep": timestep,
         "encoder_hidden_states": torch.randn(2, *text, generator=generator),
     }
-    specs = {}
+    specs, shapes = {}, shapes_of(denoiser, plan, latent)
     for name, variant in plan.program.variants.items():
-        reads = {feature: features[feature] for feature in variant.reads}
-        writes = {feature: features[feature] for feature in variant.writes}
-        module = family.UNetGraph(denoiser, next(iter(reads.values()), None), next(iter(writes.values()), None))
-        shapes = {feature: family.feature_shape(denoiser, branch, *latent[1:]) for feature, branch in reads.items()}
-        cached = {feature: torch.randn(2, *shape, generator=generator) for feature, shape in shapes.items()}
-        specs[name] = GraphSpec(module, base | cached, ("out_sample", *writes))
+        module = UNetGraph(denoiser, variant.reads, variant.writes, plan.corrections)
+        inputs, fixed = dict(base), () if variant.together > 1 else ("timestep",)
+        for read in variant.reads:
+            inputs[read] = torch.randn(2, *shapes[read.removesuffix(EARLIER)], generator=generator)
+        if variant.together > 1:
+            inputs["timestep"] = timestep.repeat(2)  # steps that run together have each their own
+        specs[name] = GraphSpec(module, inputs, ("out_sample", *variant.writes), fixed)
     return specs
+
+
+def shapes_of(denoiser: Any, plan: Plan, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every feature of the step program, without the batch."""
+    names = dict.fromkeys(name for variant in plan.program.variants.values() for name in variant.writes)
+    return feature_shapes(denoiser, names, *latent[1:])
 
 
 def file_of(variant: str) -> str:
@@ -77,7 +85,7 @@ def network(pipeline: Any, folder: Path) -> Path:
             "encoder_hidden_states": torch.zeros(2, components.tokens(pipeline), denoiser.config.cross_attention_dim),
         }
         with graphs.plain_attention(denoiser):
-            model = graphs.to_onnx(GraphSpec(family.UNetGraph(denoiser), inputs, ("out_sample",), fixed=()))
+            model = graphs.to_onnx(GraphSpec(UNetGraph(denoiser), inputs, ("out_sample",), fixed=()))
         graphs.finish(model)
         partial = folder.with_name(f"{folder.name}.partial")
         store.save({file.name: model}, partial)
@@ -86,10 +94,20 @@ def network(pipeline: Any, folder: Path) -> Path:
 
 
 @torch.no_grad()
+def variants(pipeline: Any, plan: Plan, folder: Path, progress: Progress) -> dict[str, Path]:
+    """Every variant of the denoiser as it would ship, in `folder`, and nothing else; their files."""
+    denoiser = pipeline.unet
+    shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
+    with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
+        specs = denoiser_specs(denoiser, plan, *_sizes(pipeline, plan.sampling))
+        store.save(_models(specs, shipped, plan.sampling, progress), folder)
+    return {name: folder / file_of(name) for name in specs}
+
+
+@torch.no_grad()
 def ship(
     pipeline: Any,
     plan: Plan,
-    features: Mapping[str, int],
     folder: Path,
     entries: Mapping[str, Any],
     progress: Progress,
@@ -101,19 +119,12 @@ def ship(
     """
     sampling = plan.sampling
     denoiser, vae = pipeline.unet, pipeline.vae
-    down = components.downscale(vae)
-    latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
-    text = (components.tokens(pipeline), denoiser.config.cross_attention_dim)
+    latent, text = _sizes(pipeline, sampling)
     checks: dict[str, Any] = {}
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
-        specs = denoiser_specs(denoiser, plan, features, latent, text)
-        models = {}
-        for name, spec in progress(specs.items(), "exporting the denoiser"):
-            models[file_of(name)] = graphs.to_onnx(spec)
-        for model in models.values():
-            qdq.insert(model, shipped, sampling.timesteps)
-            graphs.finish(model)
+        specs = denoiser_specs(denoiser, plan, latent, text)
+        models = _models(specs, shipped, sampling, progress)
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
         store.save({**models, **dialects}, folder / "unet")
@@ -134,9 +145,6 @@ def ship(
     plan.save(folder / "plan")
     table = layers.rows(denoiser, plan.quantization, sensitivity)
     (folder / "plan" / "layers.json").write_text(json.dumps(table, indent=1))
-    shapes = {
-        feature: list(family.feature_shape(denoiser, branch, *latent[1:])) for feature, branch in features.items()
-    }
     return {
         "diffpress": diffpress.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,7 +158,7 @@ def ship(
                 name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in dialects
             }
         },
-        "features": shapes,
+        "features": {name: list(shape) for name, shape in shapes_of(denoiser, plan, latent).items()},
         "latent": {
             "channels": latent[0],
             "height": latent[1],
@@ -163,6 +171,26 @@ def ship(
         **entries,
         "sizes": {**entries.get("sizes", {}), "denoiser_compressed": denoiser_bytes(folder)},
     }
+
+
+def _sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """Of the latent [C, h, w] and of the text [T, D]."""
+    denoiser, down = pipeline.unet, components.downscale(pipeline.vae)
+    latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
+    return latent, (components.tokens(pipeline), denoiser.config.cross_attention_dim)
+
+
+def _models(
+    specs: Mapping[str, GraphSpec], shipped: Mapping[str, LayerQuant], sampling: Sampling, progress: Progress
+) -> dict[str, ir.Model]:
+    """The graphs of the variants by file, quantized."""
+    models = {}
+    for name, spec in progress(specs.items(), "exporting the denoiser"):
+        models[file_of(name)] = graphs.to_onnx(spec)
+    for model in models.values():
+        qdq.insert(model, shipped, sampling.timesteps)
+        graphs.finish(model)
+    return models
 
 
 def schedule(sampling: Sampling, scheduler: Any) -> dict[str, Any]:

@@ -29,6 +29,12 @@ class Port:
     shape: tuple[int | None, ...]
     dtype: np.dtype
 
+    def takes(self, array: np.ndarray) -> bool:
+        """Whether the library can use the memory of `array` as it is."""
+        sizes = zip(array.shape, self.shape, strict=True) if array.ndim == len(self.shape) else [(0, 1)]
+        fits = all(wanted in (None, size) for size, wanted in sizes)
+        return fits and array.dtype == self.dtype and array.flags.c_contiguous and array.flags.writeable
+
 
 class Session(Protocol):
     """One graph, ready to run. The arrays that `run` returns are the caller's."""
@@ -39,8 +45,12 @@ class Session(Protocol):
     def prepare(self, batch: int) -> None:
         """Do now what the first run of this batch size would have to do."""
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Every output of the graph. Raises `DiffpressError` when the library refuses the feeds."""
+    def run(self, feeds: Feeds, into: Feeds | None = None) -> dict[str, np.ndarray]:
+        """Every output of the graph; those named in `into` are written into its arrays, which come back as they are.
+
+        Raises `DiffpressError` when the library refuses the feeds, and for arrays in `into` that are not as the outputs
+        are, contiguous and writeable. None of them may share memory with a feed.
+        """
 
 
 def available() -> list[tuple[str, str]]:
@@ -91,6 +101,19 @@ def _installed(module: str) -> bool:
         return False
 
 
+def _check_targets(file: Path, outputs: Mapping[str, Port], into: Feeds) -> None:
+    for name, array in into.items():
+        if name not in outputs:
+            raise DiffpressError(f"{file} has no output '{name}' to write, it has: {', '.join(outputs)}")
+        if not outputs[name].takes(array):
+            port = outputs[name]
+            shape = ", ".join("batch" if size is None else str(size) for size in port.shape)
+            raise DiffpressError(
+                f"output '{name}' of {file} cannot be written into a {array.dtype} array of {list(array.shape)}: "
+                f"give a contiguous, writeable {port.dtype} array of [{shape}]"
+            )
+
+
 def _first_line(error: Exception) -> str:
     """The telling line of a library's error: OpenVINO starts with the places in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -127,6 +150,8 @@ class _OnnxRuntime:
             raise DiffpressError(f"ONNX Runtime cannot open {file}: {_first_line(error)}") from error
         self.inputs: Mapping[str, Port] = {node.name: _onnxruntime_port(node) for node in self._session.get_inputs()}
         self.outputs: Mapping[str, Port] = {node.name: _onnxruntime_port(node) for node in self._session.get_outputs()}
+        self._binding: Any = None
+        self._bound: dict[str, np.ndarray] = {}  # what is bound now, by input or output
 
     def _opened(self, library: Any, options: Any) -> Any:
         if self._file.name.endswith(DIALECT) and not _has_vnni():
@@ -144,11 +169,38 @@ class _OnnxRuntime:
     def prepare(self, batch: int) -> None:
         pass
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+    def run(self, feeds: Feeds, into: Feeds | None = None) -> dict[str, np.ndarray]:
         try:
+            if into:
+                return self._run_bound(feeds, into)
             return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
         except self._errors as error:
             raise DiffpressError(f"ONNX Runtime cannot run {self._file}: {_first_line(error)}") from error
+
+    def _run_bound(self, feeds: Feeds, into: Feeds) -> dict[str, np.ndarray]:
+        """Run with outputs bound to memory. The binding stays, because to make one anew for each run takes longer than
+        all that it saves: `run` without one does not copy what it hands out, either.
+        """
+        _check_targets(self._file, self.outputs, into)
+        binding, bound = self._binding, self._bound
+        self._binding = None  # a run that fails leaves none
+        if binding is None or feeds.keys() != self.inputs.keys():
+            binding, bound = self._session.io_binding(), {}
+        for name, value in feeds.items():
+            if bound.get(name) is not value:
+                bound[name] = np.ascontiguousarray(value)  # held, because the binding knows only its address
+                binding.bind_cpu_input(name, bound[name])
+        for name, port in self.outputs.items():
+            if name not in into:
+                bound.pop(name, None)
+                binding.bind_output(name, "cpu")  # the library allocates, anew for each run
+            elif bound.get(name) is not into[name]:
+                bound[name] = into[name]
+                binding.bind_output(name, "cpu", 0, port.dtype, into[name].shape, into[name].ctypes.data)
+        self._session.run_with_iobinding(binding)
+        self._binding, self._bound = binding, bound
+        made = zip(self.outputs, binding.get_outputs(), strict=True)
+        return {name: into[name] if name in into else value.numpy() for name, value in made}
 
 
 @cache
@@ -162,10 +214,10 @@ def _has_vnni() -> bool:
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:
-    """Every error class of the library, which share no base but Exception, and that of wrong input names."""
+    """Every error class of the library, which share no base but Exception, and those of wrong input names."""
     module = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    return (*kinds, ValueError)
+    return (*kinds, ValueError, RuntimeError)
 
 
 def _onnxruntime_port(node: Any) -> Port:
@@ -229,17 +281,29 @@ class _OpenVino:
         except RuntimeError as error:
             raise DiffpressError(f"OpenVINO cannot compile {self._file}: {_first_line(error)}") from error
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+    def run(self, feeds: Feeds, into: Feeds | None = None) -> dict[str, np.ndarray]:
+        into = into or {}
+        _check_targets(self._file, self.outputs, into)
         batch = next((feeds[name].shape[0] for name, port in self.inputs.items() if None in port.shape), 1)
         self.prepare(batch)
         request = self._requests[batch]
         arrays = [np.asarray(feeds[name], port.dtype, order="C") for name, port in self.inputs.items()]
+        bound = {index: into[name] for index, name in enumerate(self.outputs) if name in into}
+        own = {index: request.get_output_tensor(index) for index in bound}
         try:
-            # Inputs are lent; outputs are copied, because the next run writes over them.
-            results = request.infer(dict(enumerate(arrays)), share_inputs=True, share_outputs=False)
+            for index, array in bound.items():
+                request.set_output_tensor(index, _openvino().Tensor(array, shared_memory=True))
+            # Inputs are lent; outputs are copied unless they are written where they belong: the next run reuses them.
+            results = request.infer(dict(enumerate(arrays)), share_inputs=True, share_outputs=bool(bound))
+            return {
+                name: into[name] if index in bound else np.array(results[index]) if bound else results[index]
+                for index, name in enumerate(self.outputs)
+            }
         except (RuntimeError, ValueError) as error:
             raise DiffpressError(f"OpenVINO cannot run {self._file}: {_first_line(error)}") from error
-        return {name: results[index] for index, name in enumerate(self.outputs)}
+        finally:
+            for index, tensor in own.items():  # or later runs would go on writing into the caller's arrays
+                request.set_output_tensor(index, tensor)
 
 
 def _openvino_port(port: Any) -> Port:

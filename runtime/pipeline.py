@@ -16,7 +16,7 @@ import numpy as np
 from diffpress import bundle as bundles
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import CONDITIONAL, FULL, Sampling, StepProgram
+from diffpress.plan import FULL, REUSE, Sampling, StepProgram
 from diffpress.runtime import backends, sampler
 from diffpress.runtime.backends import Session
 from diffpress.runtime.image import to_pixels
@@ -103,29 +103,36 @@ class Pipeline:
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
         keep_latents: bool = False,
+        start: int = 0,
+        latents: np.ndarray | None = None,
     ) -> Images:
         """Make one picture for each prompt and seed, as diffusers would with a CPU generator per image.
 
-        `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone. Times leave out what
-        happens once per batch size (compilation). Raises `DiffpressError` for arguments that make no sense.
+        `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone. Sampling begins at call
+        `start` of the schedule with `latents` [N, C, h, w], a sample of that call's level; None, which only call 0
+        takes, is the noise of the seeds, which are not used otherwise. Times leave out what happens once per batch size
+        (compilation). Raises `DiffpressError` for arguments that make no sense.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         _check_arguments(prompts, seeds, negative_prompt, scale)
         guided, count = scale > 1, len(prompts)
+        shape = (1, *(self.bundle.manifest["latent"][name] for name in ("channels", "height", "width")))
+        _check_latents(latents, (count, *shape[1:]), start)
+        sampling, denoiser = self.sampling.starting(start), self.denoiser.starting(start)
         self.text_encoder.prepare(count + guided)
-        self.denoiser.prepare(count, guided)
+        denoiser.prepare(count, guided)
         self.vae_decoder.prepare(1)
 
         started = perf_counter()
         hidden = self._encode(prompts, negative_prompt if guided else None)
         encoded = perf_counter()
-        shape = (1, *(self.bundle.manifest["latent"][name] for name in ("channels", "height", "width")))
-        noise = np.concatenate([randn(seed, shape) for seed in seeds])
-        latents = noise * np.float32(self.sampling.init_noise_sigma)
+        if latents is None:
+            latents = np.concatenate([randn(seed, shape) for seed in seeds])
+            latents = latents * np.float32(self.sampling.init_noise_sigma)
         kept, ticks = [], [perf_counter()]
-        denoise = self.denoiser.start(hidden)
-        samples = sampler.sample(self.sampling, guide(denoise, scale, self.denoiser.program), latents)
-        for index, latents in enumerate(samples):
+        denoise = denoiser.start(hidden, sampling.timesteps)
+        samples = sampler.sample(sampling, guide(denoise, scale, denoiser.program), latents)
+        for index, latents in enumerate(samples, start):
             ticks.append(perf_counter())
             if keep_latents:
                 kept.append(latents)
@@ -177,7 +184,7 @@ def guide(denoise: sampler.Denoise, scale: float, program: StepProgram) -> sampl
         how = program.guided(index)
         if how != FULL:
             conditional = denoise(index, sample, timestep)
-            return conditional if how == CONDITIONAL else conditional + np.float32(scale - 1) * difference
+            return conditional + np.float32(scale - 1) * difference if how == REUSE else conditional
         output = denoise(index, np.concatenate([sample, sample]), timestep)
         unconditional, conditional = output[: len(sample)], output[len(sample) :]
         difference = conditional - unconditional
@@ -260,3 +267,11 @@ def _check_arguments(prompts: Sequence[str], seeds: Sequence[int], negative_prom
         raise DiffpressError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each prompt")
     if not math.isfinite(scale):
         raise DiffpressError(f"guidance_scale is {scale}: give a finite number")
+
+
+def _check_latents(latents: np.ndarray | None, shape: tuple[int, ...], start: int) -> None:
+    if latents is None:
+        if start:
+            raise DiffpressError(f"sampling that begins at call {start} needs the latents to begin with")
+    elif latents.shape != shape or not np.isfinite(latents).all():
+        raise DiffpressError(f"latents of {list(latents.shape)} must be finite and of {list(shape)}")

@@ -23,7 +23,8 @@ def check(sampling: Sampling) -> None:
         raise DiffpressError("the sampling schedule's rows do not match its timesteps: compress again")
     for index, row in enumerate(sampling.terms):
         for kind, lag, _ in row:
-            if kind not in ("sample", "output") or not 0 <= lag <= index:
+            reach = {"sample": index, "output": index, "noise": 0}.get(kind, -1)
+            if not 0 <= lag <= reach or (kind == "noise" and sampling.solver != "linear"):
                 raise DiffpressError(f"row {index} of the sampling schedule has no {kind} {lag} calls back")
     if sampling.solver not in SOLVERS:
         raise DiffpressError(f"the sampling schedule's solver is '{sampling.solver}': this needs a newer diffpress")
@@ -62,7 +63,10 @@ def sample(sampling: Sampling, denoise: Denoise, latents: np.ndarray) -> Iterato
         history["output", index] = output - offsets[index][:, None, None] if sampling.offsets else output
         total = np.zeros(current.shape, np.float64)
         for kind, lag, coefficient in row:
-            total += coefficient * history[kind, index - lag].astype(np.float64)
+            if kind == "noise":
+                total += (coefficient / sampling.init_noise_sigma) * latents.astype(np.float64)
+            else:
+                total += coefficient * history[kind, index - lag].astype(np.float64)
         if sampling.solver == "evodiff":
             total, state = evodiff.advance(sampling, index, current.astype(np.float64), total, state)
         current = total.astype(np.float32)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from diffpress import bundle, cli
 from diffpress.bundle import Bundle
+from diffpress.plan import MadeFor, Plan
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -164,7 +166,7 @@ def test_a_missing_package_is_named_with_its_extra(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("turbo", "there is no recipe 'turbo': name a preset (balanced, cache, fast, fp32, int8)"),
+        ("turbo", "there is no recipe 'turbo': name a preset (balanced, cache, cachequant, fast, fp32, int8)"),
         ("nowhere.yaml", "there is no recipe"),
         ("passes: [{cache: {intervall: 3}}]", "unknown key 'intervall'"),
         ("passes: [{cache: {interval: 1}}]", "'interval'"),
@@ -243,6 +245,29 @@ def test_a_missing_or_broken_model_is_named(
 def test_a_model_that_is_not_there_is_not_asked_of_the_hub(model: str, tmp_path: Path, capsys: Capture) -> None:
     line = refused(capsys, "compress", model, "--recipe", "cache", "--output", tmp_path / "b")
     assert f"there is no model at {model}" in line
+
+
+def test_a_plan_of_elsewhere_is_refused(tiny_pipeline: Path, handmade: Bundle, tmp_path: Path, capsys: Capture) -> None:
+    recipe, output = tmp_path / "mine.yaml", tmp_path / "b"
+
+    def told(entry: str) -> str:
+        recipe.write_text(f"passes:\n  - planned: {entry}\n")
+        line = refused(capsys, "compress", tiny_pipeline, "--recipe", recipe, "--steps", "4", "--output", output)
+        assert not output.exists()
+        return line.removeprefix("diffpress: error: ")
+
+    assert told(f"{{bundle: {tmp_path / 'none'}}}").endswith(f"there is no bundle and no plan at {tmp_path / 'none'}")
+    assert "does not say what it was made for: compress it again" in told(f"{{bundle: {handmade.path}}}")
+    plan = Plan.load(handmade.file("plan"))
+    replace(plan, made_for=MadeFor("0" * 64, plan.sampling)).save(handmade.file("plan"))
+    line = told(f"{{bundle: {handmade.path}}}")
+    assert line.startswith(
+        f"pass 'planned': planned: the plan of {handmade.path} was made for model 000000000000, here "
+    )
+    assert line.endswith("; for steps 6, here it is 4; for guidance_scale 3, here it is 7.5")
+    assert "the program has 2 steps, the schedule 4 calls" in told("{program: [full, up_0]}")
+    assert "step 0 reads feature 'up_0' before any step wrote it" in told("{program: [up_0, full, full, full]}")
+    assert "step 3: this denoiser has no feature 'up_10'" in told("{program: [full, full, full, up_10]}")
 
 
 STOPS = [

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "diffpress.bundle": DATA,
     "diffpress.errors": DATA,
     "diffpress.evodiff": DATA,
-    "diffpress.inspection": DATA,
+    "diffpress.segments": DATA,
+    "diffpress.inspection": DATA | {"diffpress.segments"},
     "diffpress.arguments": DATA,
     "diffpress.runtime": DATA,
     "diffpress.calibration": DATA,
@@ -42,6 +43,7 @@ EXTERNAL: dict[str, set[str]] = {
     "diffpress.bundle": {"numpy"},
     "diffpress.errors": {"numpy"},
     "diffpress.evodiff": set(),  # numpy's arrays and torch's tensors alike, without either
+    "diffpress.segments": set(),
     "diffpress.inspection": set(),
     "diffpress.arguments": set(),
     # The base dependencies, the inference libraries and CUDA's own bindings.

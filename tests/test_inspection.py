@@ -1,14 +1,18 @@
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffpress import bundle, inspection
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
+from diffpress.plan import CONDITIONAL, FULL, REUSE, Correction, Corrections, Plan, StepProgram, Variant
+from diffpress.segments import GUIDANCE_LEGEND, calls_row, described, segments
 
 
 def edit(opened: Bundle, **changes: Any) -> None:
@@ -24,6 +28,7 @@ def test_the_data_says_what_the_bundle_holds(handmade: Bundle) -> None:
     assert seen["program"]["marks"] == "#--#--"
     assert seen["program"]["variants"]["cached"] == {
         "graph": "unet/cached.onnx",
+        "steps": 4,
         "calls": 4,
         "reads": ["feature_0"],
         "writes": [],
@@ -58,8 +63,10 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
         "quantize: 2 layers to int8 (1.2 s)",
         "cache: 4 of 6 steps reuse features (0.5 s)",
         "DDIMScheduler, 6 steps, guidance 3, 32x32 pixels",
-        "#--#--  1-6",
-        "- cached: unet/cached.onnx, 4 calls; reads feature_0",
+        "steps         feature_0        #--#--  1-6",
+        "              everything else  ######",
+        "# computed; - taken from an earlier step",
+        "cached: unet/cached.onnx, 4 calls; reads feature_0",
         "2 layers (2 int8)",
         "40.0 kB as FP32 weights, 11.0 kB here (28%)",
         "p50 101.3 p90 120.0 p99 130.0 ms",
@@ -81,8 +88,8 @@ def test_a_long_program_is_drawn_in_rows(handmade: Bundle) -> None:
     program = {**handmade.manifest["program"], "steps": ["full", "cached"] * 60}
     edit(handmade, program=program)
     text = inspection.as_text(inspection.inspect(handmade.path))
-    rows = [line.strip() for line in text.splitlines() if "#-#-" in line]
-    assert rows == [f"steps         {'#-' * 25}  1-50", f"{'#-' * 25}  51-100", f"{'#-' * 10}  101-120"]
+    rows = [line.split("feature_0  ")[1].strip() for line in text.splitlines() if "#-#-" in line]
+    assert rows == [f"{'#-' * 25}  1-50", f"{'#-' * 25}  51-100", f"{'#-' * 10}  101-120"]
 
 
 @pytest.mark.parametrize(
@@ -144,3 +151,163 @@ def test_layers_are_a_table_and_what_was_simulated_is_said(handmade: Bundle) -> 
     assert lines[0].split() == ["layer", "shape", "format", "ships_as", "exact", "error"]
     assert lines[1].split() == ["conv_in", "32x4x3x3", "int4", "int8", "no", "-"]
     assert lines[2].split() == ["to_q", "32x32", "int8", "int8", "yes", "0.01235"]
+
+
+def taking(steps: str, *reads: Sequence[str], together: int = 1, guidance: Sequence[str] = ()) -> StepProgram:
+    """A program by hand: step "0" runs all and hands out what others read, step "1" reads reads[0], and so on."""
+    wanted = dict.fromkeys(read.removesuffix("@1") for names in reads for read in names)
+    variants = {FULL: Variant(writes=tuple(wanted))}
+    variants |= {f"v{index}": Variant(tuple(names), (), together) for index, names in enumerate(reads, 1)}
+    return StepProgram(tuple(FULL if step == "0" else f"v{step}" for step in steps), variants, tuple(guidance))
+
+
+def drawn(program: StepProgram, corrections: Corrections | None = None) -> dict[str, str]:
+    return {segment.name: segment.marks for segment in segments(program, corrections)}
+
+
+ENCODER = (*(f"skip_{index}" for index in range(9)), "up_8")
+BLOCK = "down_blocks.{}.attentions.{}.transformer_blocks.0"
+MODULES = [f"{BLOCK.format(block, index)}.{kind}" for block in (0, 1) for index in (0, 1) for kind in ("attn1", "ff")]
+MODULES += [f"up_blocks.1.resnets.{index}" for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("program", "rows"),
+    [
+        (taking("0000"), {"all layers": "####"}),
+        (taking("0110", ["up_1"]), {"deeper than branch 1": "#--#", "shallow layers": "####"}),
+        (
+            taking("012", ["up_0"], ["up_3"]),  # the shallow cut takes what the deep one takes, too
+            {"deeper than branch 3": "#--", "branches 1 to 3": "#-#", "up to branch 0": "###"},
+        ),
+        (taking("0110", ENCODER), {"encoder": "#--#", "decoder, 9 layers": "####"}),
+        (
+            taking("012", ENCODER, ["up_0"]),
+            {
+                "deeper than branch 8": "#--",
+                "branches 1 to 8": "##-",
+                "input convolution": "#-#",
+                "up to branch 0": "###",
+            },
+        ),
+        (taking("010", ["whole"]), {"whole": "#-#"}),
+        (taking("012", ["whole"], ["up_1"]), {"deeper than branch 1": "#--", "shallow layers": "#-#"}),
+        (taking("01", ["skip_2"]), {"skip_2": "#-", "everything else": "##"}),
+        (
+            taking("012", MODULES[:1], MODULES[:2]),
+            {MODULES[0]: "#--", MODULES[1]: "##-", "everything else": "###"},
+        ),
+        (
+            taking("0120", MODULES[:8], [*MODULES[:8:2], *MODULES[8:]]),
+            {"4 attn1": "#--#", "4 ff": "#-##", "3 resnet": "##-#", "everything else": "####"},
+        ),
+        (
+            # A module within the layers that a deep feature stands for is not run; its names do not always tell.
+            taking("012", ["mid_block.resnets.0", "up_blocks.0.resnets.0"], ["up_1"]),
+            {
+                "mid_block.resnets.0": "#--",
+                "up_blocks.0.resnets.0": "#-.",
+                "deeper than branch 1": "##-",
+                "shallow layers": "###",
+            },
+        ),
+        (
+            taking("012", [BLOCK.format(0, 0) + ".ff"], ["down_blocks.0.attentions.0"]),
+            {BLOCK.format(0, 0) + ".ff": "#--", "down_blocks.0.attentions.0": "##-", "everything else": "###"},
+        ),
+    ],
+)
+def test_a_row_for_every_part_that_a_program_treats_apart(program: StepProgram, rows: dict[str, str]) -> None:
+    assert drawn(program) == rows
+
+
+def test_many_ways_to_treat_modules_stay_a_few_rows() -> None:
+    kinds = ("attn1", "attn2", "ff")
+    names = [f"{BLOCK.format(block, 0)}.{kind}" for block in range(6) for kind in kinds]
+    names += [f"{part}.{index}.0" for part in ("up_blocks.0.resnets", "down_blocks.0.attentions") for index in range(6)]
+    parts = [names[0::2], names[1::3], names[2::5]]
+    found = drawn(taking("0123", *parts))
+    assert len(found) <= 8 and set("".join(found.values())) == {"#", "-"}
+    assert any(", " in name for name in found)  # several kinds in one row
+    counted = sum(int(word.split()[0]) for name in found if name[0].isdigit() for word in name.split(", "))
+    single = sum("." in name for name in found)
+    assert counted + single == len({name for part in parts for name in part})
+
+
+def test_corrected_and_extrapolated_features_have_marks_of_their_own() -> None:
+    scale, offset = np.ones((5, 2, 1), np.float32), np.zeros((5, 1), np.float32)
+    scale[:, 1] = 0  # step 2 takes the feature as it is,
+    offset[3] = 0.1  # step 3 moves it,
+    scale[4, 1] = -0.5  # step 4 looks at two values
+    corrections = Corrections((5.0, 4.0, 3.0, 2.0, 1.0), {"up_1": Correction(scale, offset)})
+    program = taking("00111", ["up_1", "up_1@1"])
+    assert drawn(program, corrections) == {"deeper than branch 1": "##-+/", "shallow layers": "#####"}
+    assert drawn(program)["deeper than branch 1"] == "##///"  # without the plan: what the graph can do
+
+
+def test_steps_that_run_together_are_bracketed() -> None:
+    assert calls_row(taking("01110110", ENCODER, together=3)) == "|[=]|[]|"
+    assert calls_row(taking("0110", ENCODER)) == ""
+
+
+def test_long_lists_of_features_are_counted() -> None:
+    assert described(["up_1"]) == "up_1"
+    assert described(["up_1", "up_1@1"]) == "up_1 and the value before"
+    assert described(ENCODER) == "10 features"
+    assert described([*MODULES[:4], f"{MODULES[0]}@1"]) == "4 features and the values before of 1"
+
+
+def test_inspect_draws_the_program(handmade: Bundle) -> None:
+    """Encoder propagation with three steps a call, corrected, under guidance that leaves halves out; 53 steps."""
+    steps = ("0111" * 14)[:53]
+    guidance = [FULL] * 50 + [REUSE, REUSE, CONDITIONAL]
+    program = taking(steps, ENCODER, together=3, guidance=guidance)
+    edit(handmade, program=program.to_json(), graphs={FULL: "unet/model.onnx", "v1": "unet/cached.onnx"})
+    sampling = replace(
+        Plan.load(handmade.file("plan")).sampling, timesteps=tuple(float(t) for t in range(53, 0, -1)), steps=53
+    )
+    entry = Correction(np.full((53, 1, 1), 0.9, np.float32), np.zeros((53, 1), np.float32))
+    Plan(sampling, program, corrections=Corrections(sampling.timesteps, {"up_8": entry})).save(handmade.file("plan"))
+    seen = inspection.inspect(handmade.path)
+    assert json.loads(json.dumps(seen)) == seen
+    assert seen["program"]["segments"] == [
+        {"name": "encoder", "marks": steps.replace("0", "#").replace("1", "+")},
+        {"name": "decoder, 9 layers", "marks": "#" * 53},
+    ]
+    assert seen["program"]["variants"]["v1"] | {"reads": []} == {
+        "graph": "unet/cached.onnx",
+        "steps": 39,
+        "calls": 14,
+        "reads": [],
+        "writes": [],
+        "together": 3,
+    }
+    lines = inspection.as_text(seen).splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("steps"))
+    pad = " " * 33
+    assert (
+        lines[first : first + 13]
+        == [
+            f"steps         encoder            {'#+++' * 12}#+  1-50",
+            f"              decoder, 9 layers  {'#' * 50}",
+            f"together{pad[8:]}{'|[=]' * 12}||",  # step 50 is guided otherwise than those after it
+            f"guidance{pad[8:]}{'#' * 50}",
+            "steps         encoder            ++#  51-53",
+            "              decoder, 9 layers  ###",
+            f"together{pad[8:]}[]|",
+            f"guidance{pad[8:]}--.",
+            "              # computed; + taken and corrected",
+            "              [=] steps that run together in one call; | a step by itself",
+            f"              guidance: {GUIDANCE_LEGEND}",
+            "variant       full: unet/model.onnx, 14 calls; writes 10 features",
+            "variant       v1: unet/cached.onnx, 14 calls for 39 steps; reads 10 features",
+        ]
+    )
+
+
+def test_what_is_drawn_of_guidance_alone(handmade: Bundle) -> None:
+    program = StepProgram((FULL,) * 4, guidance=(FULL, REUSE, REUSE, CONDITIONAL))
+    edit(handmade, program=program.to_json())
+    text = inspection.as_text(inspection.inspect(handmade.path))
+    assert "steps         all layers  ####  1-4\nguidance                  #--.\n" in text
+    assert "# computed" not in text  # nothing else is to be told apart

@@ -1,11 +1,26 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diffpress.errors import DiffpressError
-from diffpress.plan import CONDITIONAL, FULL, REUSE, LayerQuant, Plan, Sampling, StepProgram, TemporalTable, Variant
+from diffpress.plan import (
+    CONDITIONAL,
+    FULL,
+    MEAN,
+    REUSE,
+    Correction,
+    Corrections,
+    LayerQuant,
+    MadeFor,
+    Plan,
+    Sampling,
+    StepProgram,
+    TemporalTable,
+    Variant,
+)
 
 VARIANTS = {FULL: Variant(writes=("feature_0",)), "cached": Variant(reads=("feature_0",))}
 
@@ -41,6 +56,34 @@ def test_a_plan_comes_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
         assert loaded.temporal.tables[path].dtype == table.dtype
 
 
+def test_corrections_come_back_bit_for_bit(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    features = {
+        "up_1": Correction(*(random.random(shape, np.float32) for shape in ((2, 2, 3), (2, 3)))),
+        "down_blocks.0.resnets.0": Correction(np.ones((2, 1, 1), np.float32), np.zeros((2, 1), np.float32)),
+    }
+    program = StepProgram((FULL, FULL), {FULL: Variant(writes=tuple(features)), "cached": Variant(("up_1", "up_1@1"))})
+    Plan(sampling(), program, corrections=Corrections(sampling().timesteps, features)).save(tmp_path)
+    loaded = Plan.load(tmp_path)
+    assert loaded.corrections is not None and loaded.corrections.timesteps == (999.0, 1.5)
+    assert loaded.program == program and loaded.program.variants["cached"].features == ("up_1",)
+    assert loaded.corrections.features.keys() == features.keys() and loaded.temporal is None
+    for name, entry in features.items():
+        np.testing.assert_array_equal(loaded.corrections.features[name].scale, entry.scale)
+        np.testing.assert_array_equal(loaded.corrections.features[name].offset, entry.offset)
+        assert loaded.corrections.features[name].depth == entry.depth
+
+
+def test_corrections_that_do_not_fit_are_refused() -> None:
+    entry = Correction(np.ones((2, 1, 3), np.float32), np.zeros((2, 3), np.float32))
+    with pytest.raises(DiffpressError, match="do not belong together"):
+        Correction(entry.scale, entry.offset[:1])
+    with pytest.raises(DiffpressError, match="visits one twice"):
+        Corrections((5.0, 5.0), {"up_0": entry})
+    with pytest.raises(DiffpressError, match="correction of up_0 has not one row for each"):
+        Corrections((5.0, 4.0, 3.0), {"up_0": entry})
+
+
 def test_a_plan_of_nothing_comes_back(tmp_path: Path) -> None:
     Plan(sampling(), StepProgram((FULL, FULL))).save(tmp_path)
     loaded = Plan.load(tmp_path)
@@ -66,6 +109,7 @@ def test_marks_show_what_is_computed_and_what_is_reused() -> None:
         ((FULL, "skipped"), VARIANTS, "step 1 runs variant 'skipped', which is not one of: full, cached"),
         (("only",), {"only": Variant()}, "needs a variant named 'full'"),
         ((FULL, "cached"), {FULL: Variant(), "cached": Variant(("feature_0",), ("feature_0",))}, "step 1 reads"),
+        (("cached",), {FULL: Variant(("feature_0",))}, "variant 'full' computes everything, but reads 'feature_0'"),
     ],
 )
 def test_a_program_that_cannot_run_is_refused(
@@ -73,6 +117,54 @@ def test_a_program_that_cannot_run_is_refused(
 ) -> None:
     with pytest.raises(DiffpressError, match=message):
         StepProgram(steps, variants)
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "together", "message"),
+    [
+        (("a@1",), (), 1, "reads 'a@1', but not 'a' itself"),
+        (("a", "b", "a"), (), 1, "names feature 'a' twice"),
+        ((), ("b", "b"), 1, "names feature 'b' twice"),
+        ((), ("a@1",), 1, "writes 'a@1': earlier values are kept, not written"),
+        (("a",), ("b",), 2, "cannot run 2 steps together: it hands out features"),
+        (("a",), (), 0, "cannot run 0 steps together"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused(
+    reads: tuple[str, ...], writes: tuple[str, ...], together: int, message: str
+) -> None:
+    with pytest.raises(DiffpressError, match=message):
+        Variant(reads, writes, together)
+
+
+def test_an_earlier_value_is_there_once_a_feature_was_written_twice() -> None:
+    variants = {FULL: Variant(writes=("a",)), "cached": Variant(("a", "a@1"))}
+    StepProgram((FULL, FULL, "cached"), variants)
+    with pytest.raises(DiffpressError, match="step 1 reads feature 'a@1' before any step wrote it"):
+        StepProgram((FULL, "cached", FULL), variants)
+    # The value before the last is of a step that left a half out: as wrong as the last would be.
+    with pytest.raises(DiffpressError, match=r"step 4 computes both halves .* but step 1 wrote feature 'a@1'"):
+        StepProgram((FULL, FULL, FULL, "cached", "cached"), variants, (FULL, REUSE, FULL, REUSE, FULL))
+
+
+def test_parts_of_another_schedule_are_refused() -> None:
+    whole = plan()
+    with pytest.raises(DiffpressError, match="the step program has 1 steps, the schedule 2 calls: it was made for"):
+        replace(whole, program=StepProgram((FULL,)))
+    entry = Correction(np.ones((2, 1, 1), np.float32), np.zeros((2, 1), np.float32))
+    replace(whole, corrections=Corrections((999.0, 1.5), {"feature_0": entry}))
+    with pytest.raises(DiffpressError, match=r"the corrections of timesteps 999 2 are not of the schedule's 999 1.5"):
+        replace(whole, corrections=Corrections((999.0, 2.0), {"feature_0": entry}))
+    with pytest.raises(DiffpressError, match=r"the temporal table of timesteps 999 are not of the schedule's 999 1.5"):
+        replace(whole, temporal=TemporalTable((999.0,), {}))
+
+
+def test_a_plan_keeps_what_it_was_made_for(tmp_path: Path) -> None:
+    made = MadeFor("digest", sampling(), (("quantize", {"format": "int8", "exclude": ["a"]}), ("x", {})))
+    replace(plan(), made_for=made).save(tmp_path)
+    assert Plan.load(tmp_path).made_for == made
+    plan().save(tmp_path)  # as all plans were before
+    assert Plan.load(tmp_path).made_for is None
 
 
 def test_guidance_of_a_program() -> None:
@@ -86,13 +178,28 @@ def test_guidance_of_a_program() -> None:
     assert (plain.guidance_marks(), plain.evaluations(), plain.halves(FULL)) == ("##", 2.0, (2,))
 
 
+def test_guidance_that_ends_with_the_mean_of_both_halves() -> None:
+    program = StepProgram((FULL, "cached", FULL, "cached"), VARIANTS, (FULL, MEAN, FULL, MEAN))
+    assert (program.guidance_marks(), program.evaluations()) == ("#=#=", 3.0)
+    assert program.halves(FULL) == (2,) and program.halves("cached") == (1,)
+    assert StepProgram.from_json(json.loads(json.dumps(program.to_json()))) == program
+    shared = {FULL: Variant(writes=("feature_0",)), "cached": Variant(("feature_0",), together=3)}
+    apart = StepProgram((FULL, "cached", "cached", "cached"), shared, (FULL, CONDITIONAL, MEAN, MEAN))
+    assert apart.runs() == ((0, 1), (1, 1), (2, 2))  # what reads other values is another call
+
+
 @pytest.mark.parametrize(
     ("guidance", "message"),
     [
-        (("all",) * 4, "guidance of step 0 is 'all', which is not one of: full, reuse, conditional"),
+        (("all",) * 4, "guidance of step 0 is 'all', which is not one of: full, reuse, conditional, mean"),
         ((FULL, REUSE), "a step program of 4 steps has 2 of guidance"),
         ((CONDITIONAL, REUSE, FULL, FULL), "step 1 reuses the difference of guidance before any step computed it"),
         ((FULL, FULL, REUSE, FULL), "step 3 computes both halves .* but step 2 wrote feature 'feature_0'"),
+        (
+            (FULL, FULL, MEAN, FULL),
+            "step 2 takes the mean of both halves .* but reads nothing that was written for both",
+        ),
+        ((FULL, FULL, REUSE, MEAN), "step 3 takes the mean of both halves .* 'conditional' is what it does"),
     ],
 )
 def test_guidance_that_cannot_run_is_refused(guidance: tuple[str, ...], message: str) -> None:

@@ -5,6 +5,7 @@ The counterpart of `runtime.program` for calibration and simulation: what it fee
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,24 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration.capture import PLAIN, Call, Execution, Observe
-from diffpress.compress.families.unet import UNetGraph
+from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.errors import DiffpressError
-from diffpress.plan import CONDITIONAL, FULL, StepProgram, Variant
+from diffpress.plan import EARLIER, FULL, MEAN, REUSE, Corrections, StepProgram, Variant
 
 
-def variant_graph(unet: Any, program: StepProgram, branches: Mapping[str, int], name: str) -> UNetGraph:
-    """The graph of variant `name`; `branches` maps a feature's name to its branch in the U-Net.
-
-    Raises `DiffpressError` for a variant that the program lacks, or that a U-Net graph cannot run.
-    """
+def variant_graph(unet: Any, program: StepProgram, name: str, corrections: Corrections | None = None) -> UNetGraph:
+    """The graph of variant `name`; raises `DiffpressError` where the program lacks it, or no U-Net can run it."""
     variant = _variant(program, name)
-    if len(variant.reads) > 1 or len(variant.writes) > 1:
-        raise DiffpressError(f"variant '{name}' reads or writes several features, of which a U-Net graph carries one")
-    unknown = {*variant.reads, *variant.writes} - branches.keys()
-    if unknown:
-        raise DiffpressError(f"variant '{name}' names feature '{min(unknown)}', which no branch of the denoiser makes")
-    reads, writes = (branches[names[0]] if names else None for names in (variant.reads, variant.writes))
-    return UNetGraph(unet, reads, writes)
+    return UNetGraph(unet, variant.reads, variant.writes, corrections)
 
 
 def _variant(program: StepProgram, name: str) -> Variant:
@@ -43,7 +35,7 @@ def _variant(program: StepProgram, name: str) -> Variant:
     return program.variants[name]
 
 
-def replay(unet: Any, program: StepProgram, branches: Mapping[str, int], call: Call) -> Tensor:
+def replay(unet: Any, program: StepProgram, corrections: Corrections | None, call: Call) -> Tensor:
     """`out_sample` [2, C, H, W] of the denoiser on a recorded call: the stock forward pass, or the graph that reads.
 
     [1, C, H, W] of a call of the conditional half alone.
@@ -53,10 +45,11 @@ def replay(unet: Any, program: StepProgram, branches: Mapping[str, int], call: C
     reads = _variant(program, call.variant).reads
     if not reads:
         return unet(call.sample, call.timestep, encoder_hidden_states=text, return_dict=False)[0]
-    if reads[0] not in call.features:
-        raise DiffpressError(f"a call of variant '{call.variant}' was recorded without feature '{reads[0]}'")
-    graph = variant_graph(unet, program, branches, call.variant)
-    return graph(call.sample, call.timestep, text, call.features[reads[0]])[0]
+    missing = [read for read in reads if read not in call.features]
+    if missing:
+        raise DiffpressError(f"a call of variant '{call.variant}' was recorded without feature '{missing[0]}'")
+    graph = variant_graph(unet, program, call.variant, corrections)
+    return graph(call.sample, call.timestep, text, *(call.features[read] for read in reads))[0]
 
 
 class CachedDenoiser(nn.Module):
@@ -71,16 +64,30 @@ class CachedDenoiser(nn.Module):
     """
 
     def __init__(
-        self, unet: Any, program: StepProgram, branches: Mapping[str, int], observe: Observe | None = None
+        self,
+        unet: Any,
+        program: StepProgram,
+        corrections: Corrections | None = None,
+        observe: Observe | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.program = program
         self._observe: Observe = observe or (lambda index, call: None)
-        self._graphs: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-            name: variant_graph(unet, program, branches, name) for name in dict.fromkeys(program.steps)
-        }
+        self.correct(corrections)
         self.reset()
+
+    def correct(self, corrections: Corrections | None) -> None:
+        """Go on with other corrections of the features that are read; those kept stay."""
+        self._graphs: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+            name: variant_graph(self.unet, self.program, name, corrections)
+            for name in dict.fromkeys(self.program.steps)
+        }
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """What is kept for later steps, by the names they read it by; the conditional half is the last of the rows."""
+        return self._features
 
     def reset(self) -> None:
         """Forget the features and stand before the first step."""
@@ -122,13 +129,15 @@ class CachedDenoiser(nn.Module):
         variant = self.program.variants[name]
         guided = self.program.guided(index)
         rows = len(sample) if guided == FULL else self._half(len(sample))
-        # A step of the conditional half reads what one of both halves may have written.
-        features = {read: self._features[read][-rows:] for read in variant.reads}
+        features = {read: _half_of(self._features[read], rows, guided) for read in variant.reads}
         self._observe(index, Call(sample[-rows:].clone(), time, encoder_hidden_states, name, features))
         output, *written = self._graphs[name](sample[-rows:], time, encoder_hidden_states[-rows:], *features.values())
-        self._features.update(zip(variant.writes, written, strict=True))
+        for feature, value in zip(variant.writes, written, strict=True):
+            if feature in self._features:
+                self._features[feature + EARLIER] = self._features[feature]
+            self._features[feature] = value
         if guided != FULL:
-            output = torch.cat([output if guided == CONDITIONAL else output - self._difference, output])
+            output = torch.cat([output - self._difference if guided == REUSE else output, output])
         elif self.program.guidance:
             half = self._half(rows)
             self._difference = output[half:] - output[:half]
@@ -155,13 +164,20 @@ class CachedDenoiser(nn.Module):
         return self._made - 1
 
 
+def _half_of(feature: Tensor, rows: int, guided: str) -> Tensor:
+    """What a step of so many rows reads of a feature, which a step of both halves may have written."""
+    if guided == MEAN and len(feature) == 2 * rows:
+        return feature.unflatten(0, (2, rows)).mean(dim=0)
+    return feature[-rows:]
+
+
 @contextmanager
 def executed(
-    pipeline: Any, program: StepProgram, branches: Mapping[str, int], observe: Observe | None = None
+    pipeline: Any, program: StepProgram, corrections: Corrections | None = None, observe: Observe | None = None
 ) -> Iterator[CachedDenoiser]:
     """Within the block `pipeline` samples by the step program; its own U-Net comes back after."""
     unet = pipeline.unet
-    stand_in = CachedDenoiser(unet, program, branches, observe)
+    stand_in = CachedDenoiser(unet, program, corrections, observe)
     pipeline.unet = stand_in
     try:
         yield stand_in
@@ -169,7 +185,7 @@ def executed(
         pipeline.unet = unet
 
 
-def execution(program: StepProgram, branches: Mapping[str, int]) -> Execution:
+def execution(program: StepProgram, corrections: Corrections | None = None) -> Execution:
     """How recordings under `program` are made; one that never reads a feature nor leaves a half of guidance out is the
     plain denoiser.
     """
@@ -178,7 +194,10 @@ def execution(program: StepProgram, branches: Mapping[str, int]) -> Execution:
 
     @contextmanager
     def watched(pipeline: Any, observe: Observe) -> Iterator[None]:
-        with executed(pipeline, program, branches, observe):
+        with executed(pipeline, program, corrections, observe):
             yield
 
-    return Execution(json.dumps([program.to_json(), dict(branches)], sort_keys=True), watched)
+    key = hashlib.sha256(json.dumps(program.to_json(), sort_keys=True).encode())
+    for name, entry in ({} if corrections is None else corrections.features).items():
+        key.update(name.encode() + entry.scale.tobytes() + entry.offset.tobytes())
+    return Execution(key.hexdigest(), watched)

@@ -1,4 +1,4 @@
-"""U-Nets with Stable Diffusion's topology (`UNet2DConditionModel`): their layers in order, and graphs that run a part.
+"""U-Nets with Stable Diffusion's topology (`UNet2DConditionModel`): their layers in order; graphs are in `unet_graph`.
 
 The down and up paths are read as two flat lists of layers. Skip 0 is `conv_in`'s output, down layer u makes skip u + 1,
 and up layer k consumes skip `len(up) - 1 - k`. A cache at branch b keeps the hidden state that enters up layer
@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffpress.errors import DiffpressError
@@ -79,15 +78,22 @@ def branches(unet: Any) -> int:
     return len(up_layers(unet))
 
 
-def feature_shape(unet: Any, branch: int, height: int, width: int) -> tuple[int, int, int]:
-    """[C, H, W] of the feature of `branch` for latents of height x width."""
-    graph = UNetGraph(unet, writes=branch)
-    sample = torch.zeros(1, unet.config.in_channels, height, width)
-    text = torch.zeros(1, 1, unet.config.cross_attention_dim)
-    with torch.no_grad():
-        _, feature = graph(sample, torch.ones(1), text)
-    _, channels, rows, columns = feature.shape
-    return channels, rows, columns
+def entrance(unet: Any, sample: Tensor, timesteps: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """What caches that decide at run time look at: (modulated, residual), both [N, C, H, W], of the first layer.
+
+    `modulated` is what its ResBlock makes of the normalised input and the time embedding, as its second convolution
+    takes it; `residual` is what the layer adds to `conv_in`'s output.
+    """
+    layer = down_layers(unet)[0]
+    resnet: Any = layer.resnet
+    modulated: list[Tensor] = []
+    hidden = unet.conv_in(2 * sample - 1 if unet.config.center_input_sample else sample)
+    hook = resnet.conv2.register_forward_pre_hook(lambda _, inputs: modulated.append(inputs[0]))
+    try:
+        output = layer(hidden, time_embedding(unet, timesteps), text)
+    finally:
+        hook.remove()
+    return modulated[0], output - hidden
 
 
 def quantizable(unet: Any) -> dict[str, nn.Conv2d | nn.Linear]:
@@ -200,60 +206,3 @@ def time_embedding(unet: Any, timesteps: Tensor) -> Tensor:
         projected = projected.to(unet.conv_in.weight.dtype)
     embedded = unet.time_embedding(projected)
     return embedded if unet.time_embed_act is None else unet.time_embed_act(embedded)
-
-
-class UNetGraph(nn.Module):
-    """A U-Net that hands out the feature of branch `writes`, or takes that of branch `reads` instead of computing it.
-
-    Inputs: sample [N, C, H, W], timestep [1], encoder_hidden_states [N, T, D] and, when reading, the feature.
-    Output: (out_sample [N, C, H, W],) or, when writing, (out_sample, feature).
-    """
-
-    def __init__(self, unet: Any, reads: int | None = None, writes: int | None = None) -> None:
-        super().__init__()
-        self.unet = unet
-        self.reads = reads
-        self.writes = writes
-        self._down = down_layers(unet)
-        self._up = up_layers(unet)
-
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, feature: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        unet = self.unet
-        if unet.config.center_input_sample:
-            sample = 2 * sample - 1
-        # One row serves the whole batch: every sample of a call stands at the same timestep.
-        time = time_embedding(unet, timestep)
-        last = len(self._up) - 1
-        hidden = unet.conv_in(sample)
-        skips = [hidden]
-        kept = self._down if self.reads is None else self._down[: self.reads]
-        for layer in kept:
-            hidden = layer(hidden, time, encoder_hidden_states)
-            skips.append(hidden)
-        if self.reads is None:
-            hidden = self._mid(hidden, time, encoder_hidden_states)
-            first = 0
-        else:
-            assert feature is not None, "a graph that reads needs its feature"
-            hidden, first = feature, last - self.reads
-        outputs: tuple[Tensor, ...] = ()
-        for index in range(first, last + 1):
-            if self.writes is not None and index == last - self.writes:
-                outputs = (hidden,)
-            hidden = torch.cat([hidden, skips[last - index]], dim=1)
-            hidden = self._up[index](hidden, time, encoder_hidden_states)
-        if unet.conv_norm_out is not None:
-            hidden = unet.conv_act(unet.conv_norm_out(hidden))
-        return (unet.conv_out(hidden), *outputs)
-
-    def _mid(self, hidden: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        block = self.unet.mid_block
-        if block is None:
-            return hidden
-        return block(hidden, time, encoder_hidden_states=text) if _has_cross_attention(block) else block(hidden, time)
-
-
-def _has_cross_attention(block: Any) -> bool:
-    return bool(getattr(block, "has_cross_attention", False))

@@ -170,7 +170,7 @@ def quantized_copy(work: Work, config: str, layers: Mapping[str, nn.Module]) -> 
 
     def calibrate(model: Any) -> None:
         for call in work.progress(work.record(), f"calibrating {config}"):
-            replay(model, work.program, work.features, call)
+            replay(model, work.program, work.corrections, call)
 
     try:
         # It prints, and warns of every layer that is not quantized or was not run: both are told by `read`.

@@ -6,7 +6,7 @@ Ranges come from recorded calls. Attention products, softmax and normalisation s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Annotated, Literal
 
@@ -237,10 +237,21 @@ def quantize_layers(
     result = {}
     for name, module in work.progress(layers.items(), "searching ranges"):
         try:
+            _require_seen(seen.get(name, ()), work, membership)
             result[name] = _quantize_layer(name, module, options, seen.get(name), membership, multipliers.get(name))
         except DiffpressError as error:
             raise DiffpressError(f"layer {name} cannot be quantized: {error}") from error
     return result
+
+
+def _require_seen(seen: Sequence[AbsHistogram], work: Work, membership: Sequence[int]) -> None:
+    """Raises `DiffpressError` where a group of steps runs a layer, but no call of it was recorded.
+
+    Cached steps may not run it: then there is nothing to see.
+    """
+    full = {membership[index] for index, name in enumerate(work.program.steps) if not work.program.variants[name].reads}
+    if any(not seen[group].total for group in full if group < len(seen)):
+        raise DiffpressError("some steps were never observed: record more (calibration: steps) or use fewer scales")
 
 
 def _useless(seen: Mapping[str, list[AbsHistogram]]) -> dict[str, str]:
@@ -280,14 +291,19 @@ def _quantize_layer(
     factors = None if multiplier is None else multiplier.numpy().astype(np.float32)
     if input_format is None or seen is None:
         return LayerQuant(scale.numpy(), None, weight_format, None, factors)
-    if any(group.counts.sum() == 0 for group in seen):
-        raise DiffpressError("some steps were never observed: record more (calibration: steps) or use fewer scales")
     whole = AbsHistogram()
     for group in seen:
         whole.merge(group)
     if input_format in SEARCHED:
         input_format, _ = search_float_input(whole.counts, whole.centres(), whole.amax, SEARCHED[input_format])
     format = get(input_format)
-    scales = [input_scale(group.counts, group.centres(), group.amax, format, options.range) for group in seen]
+    shown = {
+        index: input_scale(group.counts, group.centres(), group.amax, format, options.range)
+        for index, group in enumerate(seen)
+        if group.total
+    }
+    # Groups of steps that take the layer's work from others never look at theirs.
+    nearest = [min((abs(other - index), other) for other in shown)[1] for index in range(len(seen))]
+    scales = [shown[index] for index in nearest]
     scales = scales if len(scales) == 1 else per_step(scales, membership)
     return LayerQuant(scale.numpy(), np.array(scales, np.float32), weight_format, input_format, factors)

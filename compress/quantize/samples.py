@@ -52,10 +52,17 @@ def capture(
     """The inputs of unit `name` from the quantized network before it, and its full-precision outputs.
 
     Within `prefix` the denoiser computes as quantized so far, within `exact` in full precision. Calls that do not run
-    the unit (a cached step) are left out; None when no call does. Raises `DiffpressError` for values that are not
-    finite.
+    the unit (a cached step), or take a part of it from an earlier one, are left out; None when all are. Raises
+    `DiffpressError` for values that are not finite.
     """
     unit = work.denoiser.get_submodule(name)
+    # Where a feature stands in for the unit, or for a module in it, its answer is not its own.
+    taken = {
+        key
+        for key, variant in work.program.variants.items()
+        if any(f"{path}.".startswith(f"{name}.") or f"{name}.".startswith(f"{path}.") for path in variant.features)
+    }
+    calls = [call for call in calls if call.variant not in taken]
     with prefix:
         inputs = _until(work, calls, lambda keep: unit.register_forward_pre_hook(keep, with_kwargs=True))
     with exact:

@@ -21,7 +21,7 @@ from diffpress.calibration.capture import Call
 from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.calibration.sets import uniform_stride
-from diffpress.compress.cache.execute import CachedDenoiser
+from diffpress.compress.cache.execute import CachedDenoiser, execution
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.schedule.stepping import Trajectory, first_calls, seeded
 from diffpress.compress.work import Work
@@ -67,7 +67,7 @@ def final_latents(
     unet = work.denoiser
     noise = seeded(prompts, work.seed + first).to(unet.device)
     trajectory = Trajectory(work.sampling, [call.text for call in prompts], noise)
-    denoiser = CachedDenoiser(unet, program or work.program, work.features)
+    denoiser = CachedDenoiser(unet, program or work.program, work.corrections)
 
     def watched(*inputs: Any, **options: Any) -> Any:
         output = denoiser(*inputs, **options)
@@ -90,6 +90,7 @@ def probe(work: Work, error: Error, prompts: int, calls: int) -> tuple[str, Call
         wanted = set(uniform_stride(len(recordings), calls))
         given = [call for index, call in enumerate(recordings) if index in wanted]
     context = [state_digest(work.denoiser), work.sampling.to_json(), work.program.to_json(), work.seed, error]
+    context.append(execution(work.program, work.corrections).key)  # corrections of what steps take
     key = hashlib.sha256(json.dumps(context).encode())
     for call in given:
         for tensor in (call.sample, call.timestep, call.text):

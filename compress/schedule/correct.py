@@ -31,7 +31,7 @@ from diffpress.calibration.capture import Call
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.calibration.schedule import tabulate
 from diffpress.calibration.tabulated import playing
-from diffpress.compress.cache.execute import CachedDenoiser
+from diffpress.compress.cache.execute import CachedDenoiser, execution
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.schedule.epsilon import check_scheduler, scaled
 from diffpress.compress.schedule.solver import make
@@ -205,7 +205,7 @@ class _Bench:
         scheduler, half = self.work.pipeline.scheduler, self.fitted
 
         def exact() -> CachedDenoiser:
-            return CachedDenoiser(self.exact, self.work.program, self.work.features)
+            return CachedDenoiser(self.exact, self.work.program, self.work.corrections)
 
         def at(parameters: Sequence[float]) -> Sampling:
             return scaled(sampling, scheduler, combined(parameters, rows))
@@ -234,11 +234,12 @@ class _Bench:
         return start(sampling, self.calls, self.work.seed, self.work.denoiser.device)
 
     def _stand_in(self) -> CachedDenoiser:
-        return CachedDenoiser(self.work.denoiser, self.work.program, self.work.features)
+        return CachedDenoiser(self.work.denoiser, self.work.program, self.work.corrections)
 
     def _kept(self, sampling: Sampling, count: int, denoiser: Callable[[], Callable[..., Any]], text: str) -> Tensor:
         """Final latents of the first `count` prompts by the float network; an interrupted run finds them again."""
         context = [sampling.to_json(), self.work.program.to_json(), count, denoiser() is self.exact]
+        context.append(execution(self.work.program, self.work.corrections).key)
         key = hashlib.sha256(json.dumps(context).encode()).hexdigest()[:16]
         file = self.work.scratch / f"{NAME}-{key}.safetensors"
         if not file.is_file():

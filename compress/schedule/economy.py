@@ -30,14 +30,16 @@ def guidance_of(steps: int, full: Sequence[int], other: str) -> tuple[str, ...]:
 def effects(sampling: Sampling) -> np.ndarray:
     """What is left of output i in the final sample, |coefficient| [calls], other outputs being what they are.
 
-    Schedules are linear: the recurrence of `Sampling.terms`, run backwards from the last sample.
+    Schedules are linear: the recurrence of `Sampling.terms`, run backwards from the last sample. Noise that terms add
+    depends on no output.
     """
     calls = len(sampling.timesteps)
     samples, outputs = np.zeros(calls + 1), np.zeros(calls)
     samples[calls] = 1.0
     for index in reversed(range(calls)):
         for kind, lag, coefficient in sampling.terms[index]:
-            (samples if kind == "sample" else outputs)[index - lag] += samples[index + 1] * coefficient
+            if kind != "noise":
+                (samples if kind == "sample" else outputs)[index - lag] += samples[index + 1] * coefficient
     return np.abs(outputs)
 
 
@@ -82,13 +84,13 @@ def refreshes(costs: np.ndarray, full: int, earliest: Sequence[int] | None = Non
 
 def earliest_refresh(program: StepProgram) -> list[int]:
     """For each step the last one that wrote a feature it reads, 0 where there is none: no step between that one and a
-    full step that reads may leave a half out.
+    full step that reads may leave a half out. (A value before the last was written earlier, which asks for less.)
     """
     written: dict[str, int] = {}
     found = []
     for index, name in enumerate(program.steps):
         variant = program.variants[name]
-        found.append(max((written[feature] for feature in variant.reads), default=0))
+        found.append(max((written[feature] for feature in variant.features), default=0))
         written.update(dict.fromkeys(variant.writes, index))
     return found
 

@@ -60,13 +60,13 @@ def replaced_outputs(sampling: Sampling, factors: Sequence[float], of_sample: Se
     for index, row in enumerate(sampling.terms):
         sums: dict[tuple[int, str], float] = {}
         for kind, lag, coefficient in row:
-            parts = {"sample": coefficient}
+            parts = {kind: coefficient}
             if kind == "output":
                 parts = {"output": coefficient * factors[index - lag], "sample": coefficient * of_sample[index - lag]}
             for part, value in parts.items():
                 if value:
                     sums[-lag, part] = sums.get((-lag, part), 0.0) + value
         # As `calibration.schedule` has them: the earliest call first, its sample before its output.
-        ordered = sorted(sums, key=lambda key: (key[0], key[1] != "sample"))
+        ordered = sorted(sums, key=lambda key: (key[0], ("sample", "output", "noise").index(key[1])))
         rows.append(tuple((part, -back, float(sums[back, part])) for back, part in ordered))
     return replace(sampling, terms=tuple(rows))

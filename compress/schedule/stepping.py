@@ -28,11 +28,14 @@ class Trajectory:
         self._schedule = Tabulated(sampling, None)
         self._index = 0
 
+    def inputs(self) -> tuple[Tensor, float, Tensor]:
+        """What the denoiser is given at this call: sample [halves N, C, h, w], timestep, text [halves N, T, D]."""
+        scaled = self._schedule.scale_model_input(self.sample)
+        return torch.cat([scaled] * self._halves), self.sampling.timesteps[self._index], self._text
+
     def output(self, denoiser: Callable[..., Any]) -> Tensor:
         """What `denoiser` answers at this call, after guidance: [N, C, h, w]."""
-        timestep = self.sampling.timesteps[self._index]
-        scaled = self._schedule.scale_model_input(self.sample)
-        output: Tensor = denoiser(torch.cat([scaled] * self._halves), timestep, self._text, return_dict=False)[0]
+        output: Tensor = denoiser(*self.inputs(), return_dict=False)[0]
         if self._halves == 2:
             plain, told = output.chunk(2)
             output = plain + self.sampling.guidance_scale * (told - plain)

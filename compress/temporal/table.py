@@ -16,25 +16,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from diffpress.compress.families import unet as family
+from diffpress.compress.numerics.lookup import RowOf
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import TemporalTable
-
-
-class RowOf(nn.Module):
-    """In place of the sinusoids: timesteps [N] to their rows [N] in the schedule.
-
-    Whole numbers all the way: a backend that computes in BF16 would round row 257 to 256.
-    """
-
-    def __init__(self, timesteps: tuple[float, ...]) -> None:
-        super().__init__()
-        self.timesteps: Tensor
-        self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.float32))
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        # The nearest, not the equal row: a runtime may round a fractional timestep.
-        return (timesteps.float()[:, None] - self.timesteps[None]).abs().argmin(dim=1)
 
 
 class Passed(nn.Module):

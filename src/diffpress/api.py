@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from diffpress.compress.recipe import Recipe
     from diffpress.compress.schedule.trajectory import Trajectories
     from diffpress.compress.work import Work
+    from diffpress.plan import Corrections, StepProgram
 
 SHAPES_GUIDANCE = 2.0
 GUIDANCE = 7.5  # diffusers' own default for Stable Diffusion
 SEARCHED_SEED = 500_009  # noise of a search's trajectories, its next draws multiples of it
 SEARCHED_BATCH = 32
+TIMED_ROUNDS = 15
 SCORED_IMAGES = 48
 SCORED_SEED = 100_003  # of captions and noise that reports do not use: what chooses a format is not what judges it
 
@@ -92,7 +94,7 @@ def compress(
             "sizes": {"denoiser_reference": 4 * parameters},
         }
         sensitivity = work.tables.get("sensitivity", ())
-        manifest = ship.ship(work.pipeline, work.plan(), work.features, folder, entries, work.progress, sensitivity)
+        manifest = ship.ship(work.pipeline, work.plan(), folder, entries, work.progress, sensitivity)
         bundles.write_manifest(folder, manifest)
         made = bundles.read(folder)
         if targets:
@@ -148,8 +150,9 @@ def begin(
     # Everything that a pass's unfinished work depends on; a schedule of its own is added by `Work.follow`.
     key = json.dumps([fingerprint, recipes.as_json(recipe), sampling.to_json(), texts, seed, diffpress.__version__])
     scratch = cache_root() / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    work = Work(pipeline, sampling, seed, recorder, progress, scratch)
+    work = Work(pipeline, sampling, seed, recorder, progress, scratch, model=fingerprint)
     work.trajectories = _trajectories(work, texts)
+    work.latency = _latency(work)
     work.original = lambda: models.load_pipeline(model).unet
     if models.is_shapes(model):
         work.scorer = _scorer(work)
@@ -230,6 +233,51 @@ def _fastest(work: Work) -> Any:
     return run
 
 
+def _latency(work: Work) -> Callable[[StepProgram, Corrections | None], dict[str, float]] | None:
+    """Times variants of the work's denoiser as it is now on the fastest backend here; None where there is none."""
+    from diffpress.runtime import backends
+
+    pairs = backends.available()
+    if not pairs:
+        return None
+
+    def measure(program: StepProgram, corrections: Corrections | None) -> dict[str, float]:
+        import tempfile
+        from dataclasses import replace
+        from functools import partial
+        from statistics import median
+
+        import numpy as np
+
+        from diffpress.benchmarks.latency import alternate
+        from diffpress.export import ship
+
+        plan = replace(work.plan(), program=program, corrections=corrections)
+        with tempfile.TemporaryDirectory() as folder:
+            files = ship.variants(work.pipeline, plan, Path(folder), work.progress)
+            rounds: dict[str, Callable[[int], object]] = {}
+            for backend, precision in pairs:
+                for name, file in files.items():
+                    session = backends.open_session(file, backend, precision)
+                    feeds = {
+                        port: np.zeros([2 if size is None else size for size in entry.shape], entry.dtype)
+                        for port, entry in session.inputs.items()
+                    }
+                    rounds[f"{backend} {precision} {name}"] = partial(_run, session, feeds)
+            times = alternate(rounds, TIMED_ROUNDS, warmup=2)
+        found = {key: median(values) for key, values in times.items()}
+        # A whole run decides which backend is the fastest, as it will.
+        names = [f"{backend} {precision}" for backend, precision in pairs]
+        fastest = min(names, key=lambda pair: sum(found[f"{pair} {name}"] for name in program.steps))
+        return {name: found[f"{fastest} {name}"] for name in files}
+
+    return measure
+
+
+def _run(session: Any, feeds: dict[str, Any], _: int) -> None:
+    session.run(feeds)
+
+
 def _scorer(work: Work) -> Callable[[str], float]:
     """What `shapes`' judges think of the work's pipeline as it is now, under its step program.
 
@@ -252,7 +300,7 @@ def _scorer(work: Work) -> Callable[[str], float]:
 
         texts, judge = judging()
         seeds = [SCORED_SEED + index for index in range(SCORED_IMAGES)]
-        with execution(work.program, work.features).watched(work.pipeline, lambda index, call: None):
+        with execution(work.program, work.corrections).watched(work.pipeline, lambda index, call: None):
             content = judge.content(draw(Reference(work.pipeline, work.sampling), texts, seeds, batch=16).pixels)
         found = {"accuracy": content.attribute_accuracy, "clip": content.clip_score}.get(metric)
         if found is None:

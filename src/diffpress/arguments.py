@@ -84,7 +84,8 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     add = made["compress"].add_argument
     add("model", metavar="MODEL", help="a diffusers folder, a hub id, or 'shapes' (the embedded pipeline)")
-    add("--recipe", required=True, metavar="NAME_OR_FILE", help="fp32, int8, cache, balanced, fast or a YAML file")
+    known = "fp32, int8, cache, cachequant, balanced, fast"
+    add("--recipe", required=True, metavar="NAME_OR_FILE", help=f"{known} or a YAML file")
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the folder to make; must not exist")
     add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line (default: built in)")
     add("--steps", type=_whole(1), metavar="N", help="steps of the model's own scheduler (default: the recipe's)")

@@ -11,7 +11,8 @@ from typing import Any
 from diffpress import bundle as bundles
 from diffpress.bundle import MANIFEST, Bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import Plan, Sampling, StepProgram, listed
+from diffpress.plan import Corrections, Plan, Sampling, StepProgram, listed
+from diffpress.segments import CALLS_LEGEND, GUIDANCE_LEGEND, LEGEND, calls_row, described, segments
 
 COPIED = ("diffpress", "created", "versions", "model", "recipe", "seed", "passes", "latent", "text", "features")
 LAYERS = "layers.json"  # in the plan's folder
@@ -30,7 +31,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     seen: dict[str, Any] = {"path": str(bundle.path), "format": manifest["format"]}
     seen |= {name: manifest.get(name) for name in COPIED}
     seen["sampling"] = _attempt(found, "the sampling schedule", lambda: _sampling(manifest))
-    seen["program"] = _attempt(found, "the step program", lambda: _program(manifest))
+    seen["program"] = _attempt(found, "the step program", lambda: _program(bundle))
     seen["quantization"] = _attempt(found, "the plan", lambda: _quantization(bundle))
     seen["sizes"] = {**manifest.get("sizes", {}), **_sizes(bundle)}
     seen |= {name: manifest.get(name) for name in ("measured", "default_backend", "parity")}
@@ -137,15 +138,34 @@ def _solver(sampling: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return " ".join(word for word in named if word) or str(sampling["scheduler"])
 
 
-def _program(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    program = StepProgram.from_json(manifest["program"])
-    runs = Counter(program.steps)
+def _program(bundle: Bundle) -> dict[str, Any]:
+    program, manifest = StepProgram.from_json(bundle.manifest["program"]), bundle.manifest
+    steps, calls = Counter(program.steps), Counter(program.steps[first] for first, _ in program.runs())
     variants = {
-        name: {"graph": manifest["graphs"][name], "calls": runs[name]} | entry
+        name: {"graph": manifest["graphs"][name], "steps": steps[name], "calls": calls[name]} | entry
         for name, entry in program.to_json()["variants"].items()
     }
-    guidance = {"guidance": program.guidance_marks()} if program.guidance else {}
-    return {"marks": program.marks(), **guidance, "variants": variants}
+    drawn = program_rows(program, corrections_of(bundle, len(program.steps)))
+    return {"marks": program.marks(), **drawn, "variants": variants}
+
+
+def program_rows(program: StepProgram, corrections: Corrections | None = None) -> dict[str, Any]:
+    """The rows of a step program's picture: a name and a mark per step for each part of the denoiser that it treats
+    apart, and, where it has them, marks of the steps that run together and of guidance.
+    """
+    rows: dict[str, Any] = {"segments": [segment.__dict__ for segment in segments(program, corrections)]}
+    if calls := calls_row(program):
+        rows["together"] = calls
+    return rows | ({"guidance": program.guidance_marks()} if program.guidance else {})
+
+
+def corrections_of(bundle: Bundle, steps: int) -> Corrections | None:
+    """Those of a bundle's plan; None where it cannot be read, or belongs to another number of steps."""
+    try:
+        found = Plan.load(bundle.file("plan")).corrections
+    except DiffpressError:
+        return None
+    return found if found is not None and len(found.timesteps) == steps else None
 
 
 def _quantization(bundle: Bundle) -> dict[str, Any]:
@@ -205,21 +225,28 @@ def _sizes(bundle: Bundle) -> dict[str, Any]:
 
 
 def _program_lines(program: Mapping[str, Any]) -> list[str]:
-    marks, lines = program["marks"], []
+    """A block of rows for every 50 steps, what the marks mean, and a line per variant."""
+    marks, parts = program["marks"], program["segments"]
+    width = max((len(part["name"]) for part in parts), default=0) + 2
+    rows = [("steps" if index == 0 else "", part["name"], part["marks"]) for index, part in enumerate(parts)]
+    rows += [(name, "", program[name]) for name in ("together", "guidance") if name in program]
+    lines = []
     for start in range(0, len(marks), MARKS_A_LINE):
-        row = marks[start : start + MARKS_A_LINE]
-        label = "steps" if start == 0 else ""
-        lines.append(_row(label, f"{row}  {start + 1}-{start + len(row)}"))
+        for label, name, line in rows:
+            shown = line[start : start + MARKS_A_LINE]
+            where = f"  {start + 1}-{start + len(shown)}" if label == "steps" else ""
+            lines.append(_row(label, f"{name:{width}}{shown}{where}"))
+    used = {mark for part in parts for mark in part["marks"]}
+    if len(used) > 1:
+        lines.append(_row("", "; ".join(f"{mark} {words}" for mark, words in LEGEND.items() if mark in used)))
+    lines += [_row("", CALLS_LEGEND)] if "together" in program else []
+    lines += [_row("", f"guidance: {GUIDANCE_LEGEND}")] if "guidance" in program else []
     for name, variant in program["variants"].items():
-        mark = "-" if variant["reads"] else "#"
-        flow = [f"{verb} {', '.join(variant[verb])}" for verb in ("reads", "writes") if variant[verb]]
-        lines.append(_row("", "; ".join([f"{mark} {name}: {variant['graph']}, {variant['calls']} calls", *flow])))
-    guidance = program.get("guidance", "")
-    for start in range(0, len(guidance), MARKS_A_LINE):
-        row = guidance[start : start + MARKS_A_LINE]
-        lines.append(_row("" if start else "guidance", f"{row}  {start + 1}-{start + len(row)}"))
-    if guidance:
-        lines.append(_row("", "# both halves; - the conditional one and the last difference; . the conditional one"))
+        flow = [f"{verb} {described(variant[verb])}" for verb in ("reads", "writes") if variant[verb]]
+        count = f"{variant['calls']} calls"
+        if variant["calls"] < variant["steps"]:
+            count += f" for {variant['steps']} steps"
+        lines.append(_row("variant", "; ".join([f"{name}: {variant['graph']}, {count}", *flow])))
     return lines
 
 

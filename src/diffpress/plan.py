@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,9 +22,11 @@ _ARRAYS = ("weight_scale", "input_scale", "multiplier")  # of a LayerQuant
 TIMESTEPS_A_LINE = 16
 FULL = "full"  # the variant that computes everything; its graph is model.onnx
 # How a call is guided, c and u being the conditional and unconditional output: FULL, both are computed; REUSE, c alone,
-# with the difference c - u of the last full call; CONDITIONAL, c alone.
-REUSE, CONDITIONAL = "reuse", "conditional"
-_GUIDED = {FULL: "#", REUSE: "-", CONDITIONAL: "."}  # and how people see it
+# with the difference c - u of the last full call; CONDITIONAL, c alone; MEAN, c alone, from features that are the mean
+# of both halves.
+REUSE, CONDITIONAL, MEAN = "reuse", "conditional", "mean"
+_GUIDED = {FULL: "#", REUSE: "-", CONDITIONAL: ".", MEAN: "="}  # and how people see it
+EARLIER = "@1"  # ends the name of a feature's value before the last one written
 
 
 def listed(timesteps: Sequence[float]) -> str:
@@ -34,6 +36,12 @@ def listed(timesteps: Sequence[float]) -> str:
     return " ".join(words if len(words) <= TIMESTEPS_A_LINE else [*words[:half], "...", *words[-half:]])
 
 
+def check_start(first: int, calls: int) -> None:
+    """Raise `DiffpressError` unless sampling of so many calls can begin at call `first`."""
+    if not 0 <= first < calls:
+        raise DiffpressError(f"sampling cannot begin at call {first}: give 0 to {calls - 1}")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """A sampling schedule, bound to one scheduler and step count, as coefficients.
@@ -41,10 +49,11 @@ class Sampling:
     Every deterministic diffusers scheduler is linear in the samples and denoiser outputs it has seen, so call i is
 
         output_i = denoiser(input_scale[i] * sample_i, timesteps[i])
-        sample_{i+1} = sum of coefficient * (sample_{i-lag} or output_{i-lag}) over terms[i]
+        sample_{i+1} = sum of coefficient * (sample_{i-lag}, output_{i-lag} or noise) over terms[i]
 
-    `terms[i]` holds ("sample" or "output", lag, coefficient). `output` is after guidance, and where there are `offsets`
-    ([calls][C], a mean error by channel) less its own. Heights are in pixels.
+    `terms[i]` holds ("sample", "output" or "noise", lag, coefficient). `output` is after guidance, and where there are
+    `offsets` ([calls][C], a mean error by channel) less its own. `noise` is the one that sampling began with, of unit
+    variance: sample_0 / init_noise_sigma, with lag 0; linear solvers alone take it. Heights are in pixels.
 
     A solver that is not linear has another name than "linear". For "evodiff" the sum is the data prediction of call i,
     from which `diffpress.evodiff` makes sample_{i+1}: the probe that call i + 1 is made at, not yet a sample of its
@@ -63,6 +72,28 @@ class Sampling:
     solver: str = "linear"
     levels: tuple[tuple[float, float], ...] = ()
     offsets: tuple[tuple[float, ...], ...] = ()
+
+    def starting(self, first: int) -> Sampling:
+        """The schedule from call `first` on, for sampling that begins there with a sample of that call's level.
+
+        Raises `DiffpressError` where there is no such call, and for a solver with a memory: diffusers lets it begin
+        anew at any call, at a lower order, but that row is not in a table made for the whole schedule.
+        """
+        check_start(first, len(self.timesteps))
+        rows = self.terms[first:]
+        reaching = any(lag > index for index, row in enumerate(rows) for _, lag, _ in row)
+        if first and (reaching or self.solver != "linear"):
+            raise DiffpressError(
+                f"this schedule cannot begin at call {first}: its solver ({self.scheduler}) looks back at calls before "
+                "that; compress with one that does not, such as ddim or euler"
+            )
+        return replace(
+            self,
+            timesteps=self.timesteps[first:],
+            input_scale=self.input_scale[first:],
+            terms=rows,
+            offsets=self.offsets[first:],
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; what most schedules lack is left out, so that old versions read them."""
@@ -84,18 +115,43 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Variant:
-    """One graph of the denoiser: the features it takes in place of computing them, and those it hands out."""
+    """One graph of the denoiser: the features it takes in place of computing them, and those it hands out.
+
+    A read that ends with `EARLIER` is the value that the last write of the feature replaced. `together` is how many
+    consecutive steps of the variant may run as one batch: more than 1 where nothing that it reads changes in between,
+    which is to say where it does not look at the sample.
+    """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    together: int = 1
+
+    def __post_init__(self) -> None:
+        lonely = [feature for feature in self.features if feature not in self.reads]
+        if lonely:
+            raise DiffpressError(f"a variant reads '{lonely[0]}{EARLIER}', but not '{lonely[0]}' itself")
+        for names in (self.reads, self.writes):
+            if len(set(names)) < len(names):
+                raise DiffpressError(f"a variant names feature '{Counter(names).most_common(1)[0][0]}' twice")
+        if kept := [feature for feature in self.writes if feature.endswith(EARLIER)]:
+            raise DiffpressError(f"a variant writes '{kept[0]}': earlier values are kept, not written")
+        if self.together < 1 or (self.together > 1 and self.writes):
+            why = "it hands out features" if self.writes else "that is fewer than one"
+            raise DiffpressError(f"a variant cannot run {self.together} steps together: {why}")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What it reads, each feature once, whichever of its values."""
+        return tuple(dict.fromkeys(read.removesuffix(EARLIER) for read in self.reads))
 
 
 @dataclass(frozen=True)
 class StepProgram:
     """Which variant runs at each call of the denoiser, and which halves of guidance it computes.
 
-    `guidance` holds FULL, REUSE or CONDITIONAL for each step; empty, which all FULL becomes, where every step computes
-    both. Raises `DiffpressError` when a step reads what none wrote, or what was written for half of its rows.
+    `guidance` holds FULL, REUSE, CONDITIONAL or MEAN for each step; empty, which all FULL becomes, where every step
+    computes both. A step of one half reads the conditional half of what was written for both, a MEAN step the mean of
+    the halves. Raises `DiffpressError` when a step reads what none wrote, or what was written for half of its rows.
     """
 
     steps: tuple[str, ...]
@@ -104,9 +160,8 @@ class StepProgram:
 
     def __post_init__(self) -> None:
         self._check_guidance()
-        if FULL not in self.variants:
-            raise DiffpressError(f"a step program needs a variant named '{FULL}'")
-        written: dict[str, int] = {}  # feature to the last step that wrote it
+        self._check_variants()
+        written: dict[str, int] = {}  # feature to the last step that wrote it, and its earlier value's
         for index, name in enumerate(self.steps):
             if name not in self.variants:
                 known = ", ".join(self.variants)
@@ -119,7 +174,23 @@ class StepProgram:
                         f"step {index} computes both halves of guidance, but step {written[feature]} wrote feature "
                         f"'{feature}', which it reads, for the conditional half alone: let the intervals of both agree"
                     )
-            written.update(dict.fromkeys(self.variants[name].writes, index))
+            if self.guided(index) == MEAN and not any(
+                self.guided(written[feature]) == FULL for feature in self.variants[name].reads
+            ):
+                raise DiffpressError(
+                    f"step {index} takes the mean of both halves of guidance, but reads nothing that was written for "
+                    f"both: '{CONDITIONAL}' is what it does"
+                )
+            for feature in self.variants[name].writes:
+                if feature in written:
+                    written[feature + EARLIER] = written[feature]
+                written[feature] = index
+
+    def _check_variants(self) -> None:
+        if FULL not in self.variants:
+            raise DiffpressError(f"a step program needs a variant named '{FULL}'")
+        if self.variants[FULL].reads:
+            raise DiffpressError(f"variant '{FULL}' computes everything, but reads '{self.variants[FULL].reads[0]}'")
 
     def _check_guidance(self) -> None:
         if set(self.guidance) <= {FULL}:
@@ -134,7 +205,7 @@ class StepProgram:
                 raise DiffpressError(f"step {index} reuses the difference of guidance before any step computed it")
 
     def guided(self, index: int) -> str:
-        """How step `index` is guided: FULL, REUSE or CONDITIONAL."""
+        """How step `index` is guided: FULL, REUSE, CONDITIONAL or MEAN."""
         return self.guidance[index] if self.guidance else FULL
 
     def halves(self, variant: str) -> tuple[int, ...]:
@@ -148,18 +219,61 @@ class StepProgram:
         """Calls of the denoiser under guidance; one that computes the conditional half alone counts as half a call."""
         return sum(1.0 if self.guided(index) == FULL else 0.5 for index in range(len(self.steps)))
 
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(first step, how many) of every call of a graph: more than one step where a variant runs some together."""
+        found: list[tuple[int, int]] = []
+        for index, name in enumerate(self.steps):
+            first, count = found[-1] if found else (0, 0)
+            same = count and self.steps[first] == name and self.guided(first) == self.guided(index)
+            if same and count < self.variants[name].together:
+                found[-1] = (first, count + 1)
+            else:
+                found.append((index, 1))
+        return tuple(found)
+
+    def starting(self, first: int) -> StepProgram:
+        """The program of the steps from `first` on, which are counted from 0, for sampling that begins there.
+
+        A step that reads what none of them wrote runs in full, and one that reuses a difference that none of them
+        computed is guided in full; so the first is both. All others are as planned. Raises `DiffpressError` where
+        there is no such step.
+        """
+        check_start(first, len(self.steps))
+        steps: list[str] = []
+        guidance: list[str] = []
+        written: dict[str, str] = {}  # feature to how the step that wrote it was guided
+        for index in range(first, len(self.steps)):
+            name, how = self.steps[index], self.guided(index)
+            if how == REUSE and FULL not in guidance:
+                how = FULL
+            reads = self.variants[name].reads
+            # What a step of one half wrote has not the rows for both.
+            if any(read not in written or (how == FULL and written[read] != FULL) for read in reads):
+                name = FULL
+            for feature in self.variants[name].writes:
+                if feature in written:
+                    written[feature + EARLIER] = written[feature]
+                written[feature] = how
+            steps.append(name)
+            guidance.append(how)
+        return StepProgram(tuple(steps), self.variants, tuple(guidance))
+
     def marks(self) -> str:
         """A character per step, for people: '#' runs everything, '-' reuses features."""
         return "".join("#" if not self.variants[name].reads else "-" for name in self.steps)
 
     def guidance_marks(self) -> str:
-        """The same of guidance: '#' computes both halves, '-' reuses their difference, '.' leaves guidance out."""
+        """The same of guidance: '#' computes both halves, '-' reuses their difference, '.' leaves guidance out.
+
+        '=' leaves it out and reads the mean of what both halves wrote.
+        """
         return "".join(_GUIDED[self.guided(index)] for index in range(len(self.steps)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and strings."""
         variants = {
             name: {"reads": list(variant.reads), "writes": list(variant.writes)}
+            | ({"together": variant.together} if variant.together > 1 else {})
             for name, variant in self.variants.items()
         }
         guidance = {"guidance": list(self.guidance)} if self.guidance else {}
@@ -169,7 +283,8 @@ class StepProgram:
     def from_json(cls, data: Mapping[str, Any]) -> StepProgram:
         """The inverse of `to_json`."""
         variants = {
-            name: Variant(tuple(entry["reads"]), tuple(entry["writes"])) for name, entry in data["variants"].items()
+            name: Variant(tuple(entry["reads"]), tuple(entry["writes"]), entry.get("together", 1))
+            for name, entry in data["variants"].items()
         }
         return cls(tuple(data["steps"]), variants, tuple(data.get("guidance", ())))
 
@@ -210,6 +325,45 @@ class LayerQuant:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What stands in for a feature F [N, C, ...] at a step that reads it: sum_k scale[step, k] F@k + offset[step].
+
+    `scale` is [steps, depth, C], with k = 0 for the last value written and k = 1 for the one before; `offset` is
+    [steps, C]. C is 1 where all channels are corrected alike. Of a feature [N, tokens, C] channels are the last axis.
+    Rows of steps that do not read it are not looked at.
+    """
+
+    scale: np.ndarray
+    offset: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.scale.ndim != 3 or not 1 <= self.depth <= 2 or self.offset.shape != self.scale.shape[::2]:
+            raise DiffpressError(
+                f"a correction's scales {self.scale.shape} and offsets {self.offset.shape} do not belong together"
+            )
+
+    @property
+    def depth(self) -> int:
+        """How many values of the feature it takes: 1, or 2 with the one before."""
+        return self.scale.shape[1]
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Corrections by feature, rows in the order of `timesteps`."""
+
+    timesteps: tuple[float, ...]
+    features: Mapping[str, Correction]
+
+    def __post_init__(self) -> None:
+        if len(set(self.timesteps)) < len(self.timesteps):
+            raise DiffpressError("corrections are found by timestep, but the schedule visits one twice")
+        wrong = [name for name, entry in self.features.items() if len(entry.scale) != len(self.timesteps)]
+        if wrong:
+            raise DiffpressError(f"the correction of {wrong[0]} has not one row for each of the schedule's calls")
+
+
+@dataclass(frozen=True)
 class TemporalTable:
     """Precomputed time features: for each module path a table [steps, channels], rows in the order of `timesteps`."""
 
@@ -218,13 +372,56 @@ class TemporalTable:
 
 
 @dataclass(frozen=True)
+class MadeFor:
+    """What a step program was planned for: it is right nowhere else.
+
+    `model` is the digest of the model that was compressed, `sampling` the schedule as it was then, `passes` the passes
+    before, each its name and fields as in a recipe.
+    """
+
+    model: str
+    sampling: Sampling
+    passes: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As `plan.json` holds it."""
+        passes = [{name: dict(fields)} for name, fields in self.passes]
+        return {"model": self.model, "sampling": self.sampling.to_json(), "passes": passes}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MadeFor:
+        """The inverse of `to_json`."""
+        passes = tuple((str(name), fields) for entry in data["passes"] for name, fields in entry.items())
+        return cls(data["model"], Sampling.from_json(data["sampling"]), passes)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything compress decided. Layers are named by their module path in the denoiser."""
+    """Everything compress decided. Layers are named by their module path in the denoiser.
+
+    `made_for` is None in plans from before they said so. Raises `DiffpressError` where the parts are not of one
+    schedule.
+    """
 
     sampling: Sampling
     program: StepProgram
     quantization: Mapping[str, LayerQuant] = field(default_factory=dict)
     temporal: TemporalTable | None = None
+    corrections: Corrections | None = None
+    made_for: MadeFor | None = None
+
+    def __post_init__(self) -> None:
+        calls = self.sampling.timesteps
+        if len(self.program.steps) != len(calls):
+            raise DiffpressError(
+                f"the step program has {len(self.program.steps)} steps, the schedule {len(calls)} calls: "
+                "it was made for another one"
+            )
+        for name, part in (("corrections", self.corrections), ("temporal table", self.temporal)):
+            if part is not None and tuple(part.timesteps) != tuple(calls):
+                raise DiffpressError(
+                    f"the {name} of timesteps {listed(part.timesteps)} are not of the schedule's {listed(calls)}"
+                )
 
     def save(self, folder: Path) -> None:
         """Write `plan.json` and `tensors.npz` into `folder`, which is made if absent."""
@@ -237,6 +434,9 @@ class Plan:
         }
         if self.temporal is not None:
             tensors |= {f"temporal/{name}": table for name, table in self.temporal.tables.items()}
+        if self.corrections is not None:
+            for name, entry in self.corrections.features.items():
+                tensors |= {f"correction/{name}": entry.scale, f"correction_offset/{name}": entry.offset}
         layers = {
             name: {"weight_format": layer.weight_format, "input_format": layer.input_format}
             for name, layer in self.quantization.items()
@@ -246,7 +446,7 @@ class Plan:
             "program": self.program.to_json(),
             "quantization": layers,
             "temporal": None if self.temporal is None else {"timesteps": list(self.temporal.timesteps)},
-        }
+        } | ({} if self.made_for is None else {"made_for": self.made_for.to_json()})
         (folder / "plan.json").write_text(json.dumps(document, indent=1))
         np.savez(folder / "tensors.npz", **tensors)
 
@@ -271,8 +471,16 @@ class Plan:
             if document["temporal"] is not None:
                 tables = {name[9:]: value for name, value in tensors.items() if name.startswith("temporal/")}
                 temporal = TemporalTable(tuple(document["temporal"]["timesteps"]), tables)
+            corrected = {
+                name.removeprefix("correction/"): Correction(value, tensors[name.replace("/", "_offset/", 1)])
+                for name, value in tensors.items()
+                if name.startswith("correction/")
+            }
+            sampling = Sampling.from_json(document["sampling"])
+            corrections = Corrections(sampling.timesteps, corrected) if corrected else None
             program = StepProgram.from_json(document["program"])
-            return cls(Sampling.from_json(document["sampling"]), program, quantization, temporal)
+            made_for = MadeFor.from_json(document["made_for"]) if "made_for" in document else None
+            return cls(sampling, program, quantization, temporal, corrections, made_for)
         # EOFError and BadZipFile: what numpy raises for an empty and for a cut file.
         except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DiffpressError(f"{folder} holds no readable plan: {error}") from error

@@ -1,3 +1,4 @@
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -50,3 +51,14 @@ def test_bars_are_split_by_stage() -> None:
     boxes = list(ElementTree.fromstring(plots.stage_bars(rows, "stages")).iter("rect"))
     widths = [float(box.get("width", 0)) for box in boxes]
     assert widths[1] == pytest.approx(8 * widths[0], abs=0.2) and widths[3] == pytest.approx(5 * widths[0], abs=0.5)
+
+
+def test_no_two_series_of_a_scatter_look_alike() -> None:
+    dots = {f"method {number}": [(1.0 + number, 0.1)] for number in range(25)}
+    svg = plots.scatter(dots, ("line", [(1.0, 0.01), (10.0, 0.2)]), "speed", "error")
+    marks = [node for node in ElementTree.fromstring(svg).iter() if any("title" in child.tag for child in node)]
+    # A path is drawn around its first point: what follows is its shape.
+    looks = {(node.get("fill") or node.get("stroke"), re.sub("^M[^lh]*", "", node.get("d", ""))) for node in marks}
+    assert len(looks) == 25 and "method 24, 25: 0.1" in svg
+    with pytest.raises(ValueError, match="26 series"):
+        plots.scatter({**dots, "more": [(1.0, 0.1)]}, ("line", [(1.0, 0.1)]), "speed", "error")

@@ -97,6 +97,28 @@ def test_another_schedule_is_told_and_not_compared_step_by_step(
     assert "compared at the end alone" in page and "line compressed" not in page.split("error after each step")[1]
 
 
+def test_the_step_program_is_a_grid(made_up_report: dict[str, Any], pictures: list[Picture]) -> None:
+    page = render(made_up_report, pictures)  # of a report from before there were parts
+    checked(page)
+    assert page.count('<div class="program">') == 1 and "<span>denoiser</span>" in page
+    made_up_report["program"] |= {
+        "segments": [{"name": "deep <er>", "marks": "#-+/"}, {"name": "ff", "marks": "##.#"}],
+        "together": "|[=]",
+        "guidance": "#--.",
+    }
+    page = render(made_up_report, pictures)
+    checked(page)
+    grid = page[page.index('aria-label="step program"') : page.index("Time of each step")]
+    assert re.findall(r"</?span>([^<]+)</span>", grid)[:4] == ["deep &lt;er&gt;", "ff", "calls", "guidance"]
+    rows = [re.findall(r'<i class="([^"]+)"', row) for row in grid.split('<div class="program">')[1:]]
+    assert rows[0][:4] == ["full", "reuse", "corrected", "extrapolated"]
+    assert rows[1] == ["full", "full", "within", "full"]
+    assert rows[2] == ["call", "call on", "call on", "call"]
+    assert rows[3][:4] == ["full", "reuse", "reuse", "within"]
+    for words in ("step 3: cached, taken and corrected", "extrapolated from two", "joined: steps that run together"):
+        assert words in grid
+
+
 def test_only_the_row_itself_is_bold() -> None:
     table = rows_to_table(["", "ms"], [["uncompressed", "2"], ["compressed", "1"]], own="compressed")
     assert table.count('class="own"') == 1

@@ -13,24 +13,27 @@ from diffpress.calibration.capture import PLAIN, Execution, Recordings
 from diffpress.calibration.model import load_pipeline
 from diffpress.calibration.schedule import tabulate
 from diffpress.calibration.sets import CalibrationSet
-from diffpress.compress.cache.deepcache import CACHED, CachePass, interval_program
+from diffpress.compress.cache.deepcache import CachePass
 from diffpress.compress.cache.execute import executed, execution
-from diffpress.compress.families.unet import UNetGraph
+from diffpress.compress.cache.program import CACHED
+from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.quantize.sensitivity import final_latents
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
-from diffpress.plan import CONDITIONAL, FULL, REUSE, StepProgram, Variant
+from diffpress.plan import CONDITIONAL, FULL, MEAN, REUSE, StepProgram, Variant
 
-STEPS, BRANCH, SCALE = 6, 1, 3.0
-BRANCHES = {"deep": BRANCH}
+STEPS, BRANCH, DEEP, SCALE = 6, 1, "up_1", 3.0
 PROMPTS = ("a red ring", "a star")
-VARIANTS = {FULL: Variant(writes=("deep",)), CACHED: Variant(reads=("deep",))}
+VARIANTS = {FULL: Variant(writes=(DEEP,)), CACHED: Variant(reads=(DEEP,))}
 GUIDANCE = (FULL, REUSE, FULL, FULL, REUSE, CONDITIONAL)
 # With cached steps that take half of a feature, and one that was written for half.
 PROGRAMS = {
     "plain": StepProgram((FULL,) * STEPS, guidance=GUIDANCE),
     "cached": StepProgram((FULL, CACHED, FULL, CACHED, FULL, CACHED), VARIANTS, GUIDANCE),
+    # Steps that take the mean of a feature, and one after them that takes its half.
+    "mean": StepProgram((FULL, CACHED, FULL, *[CACHED] * 3), VARIANTS, (FULL, MEAN, FULL, MEAN, MEAN, CONDITIONAL)),
 }
+HALVES = {"plain": [2, 1, 2, 2, 1, 1], "cached": [2, 1, 2, 2, 1, 1], "mean": [2, 1, 2, 1, 1, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +77,13 @@ def by_hand(pipeline: Any, program: StepProgram, prompt: str, seed: int = 3) -> 
     for index, timestep in enumerate(pipeline.scheduler.timesteps):
         time, variant = timestep.float().reshape(1), program.variants[program.steps[index]]
 
-        def half(name: str, time: Tensor = time, x: Tensor = x, variant: Variant = variant) -> Tensor:
+        def half(
+            name: str, time: Tensor = time, x: Tensor = x, variant: Variant = variant, index: int = index
+        ) -> Tensor:
             if variant.reads:
-                return UNetGraph(pipeline.unet, reads=BRANCH)(x, time, texts[name], kept[name])[0]
-            output, kept[name] = UNetGraph(pipeline.unet, writes=BRANCH)(x, time, texts[name])
+                given = (kept["u"] + kept["c"]) / 2 if program.guidance[index] == MEAN else kept[name]
+                return UNetGraph(pipeline.unet, (DEEP,))(x, time, texts[name], given)[0]
+            output, kept[name] = UNetGraph(pipeline.unet, writes=(DEEP,))(x, time, texts[name])
             return output
 
         if program.guidance[index] == FULL:
@@ -97,7 +103,7 @@ def by_hand(pipeline: Any, program: StepProgram, prompt: str, seed: int = 3) -> 
 def test_an_image_is_the_one_made_by_hand(pipeline: Any, name: str) -> None:
     program = PROGRAMS[name]
     expected, _ = by_hand(pipeline, program, PROMPTS[0])
-    with executed(pipeline, program, BRANCHES):
+    with executed(pipeline, program):
         image(pipeline, PROMPTS[1])  # of which nothing is left
         got = image(pipeline, PROMPTS[0])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -108,27 +114,27 @@ def test_full_guidance_changes_no_bit(pipeline: Any) -> None:
     steps = (FULL, CACHED) * 3
     images = []
     for program in (StepProgram(steps, VARIANTS), StepProgram(steps, VARIANTS, (FULL,) * STEPS)):
-        with executed(pipeline, program, BRANCHES):
+        with executed(pipeline, program):
             images.append(image(pipeline, PROMPTS[0]))
     assert torch.equal(*images)
-    assert execution(StepProgram((FULL,) * STEPS, guidance=(FULL,) * STEPS), {}) is PLAIN
-    assert execution(PROGRAMS["plain"], {}) is not PLAIN
+    assert execution(StepProgram((FULL,) * STEPS, guidance=(FULL,) * STEPS)) is PLAIN
+    assert execution(PROGRAMS["plain"]) is not PLAIN
 
 
 def test_a_pipeline_without_guidance_is_told(pipeline: Any) -> None:
     with (
         pytest.raises(DiffpressError, match="economizes guidance, but the pipeline samples without it"),
-        executed(pipeline, PROGRAMS["plain"], {}),
+        executed(pipeline, PROGRAMS["plain"]),
     ):
         image(pipeline, PROMPTS[0], scale=1.0)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_recorded_calls_are_those_of_the_economic_trajectory(work: Work, name: str) -> None:
-    work.program, work.features = PROGRAMS[name], dict(BRANCHES)
+    work.program = PROGRAMS[name]
     calls = list(work.record())
     outputs = [c for i, prompt in enumerate(PROMPTS) for c in by_hand(work.pipeline, work.program, prompt, 3 + i)[1]]
-    assert [len(call.sample) for call in calls] == [2, 1, 2, 2, 1, 1] * 2
+    assert [len(call.sample) for call in calls] == HALVES[name] * 2
     assert {tuple(call.text.shape) for call in calls} == {tuple(calls[0].text.shape)}
     with torch.no_grad():
         for call, expected in zip(calls, outputs, strict=True):
@@ -138,8 +144,9 @@ def test_recorded_calls_are_those_of_the_economic_trajectory(work: Work, name: s
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_latents_of_many_prompts_at_once(work: Work, name: str) -> None:
-    work.program, work.features = PROGRAMS[name], dict(BRANCHES)
-    calls = [call for call in work.record() if len(call.sample) == 1][1::3]  # the first kept call may be of one half
+    work.program = PROGRAMS[name]
+    # The first kept call may be of one half.
+    calls = [call for call in work.record() if len(call.sample) == 1][1 :: HALVES[name].count(1)]
     assert len(calls) == 2
     got = torch.stack(final_latents(work, calls))
     wanted = [by_hand(work.pipeline, work.program, prompt, 3 + index)[0] for index, prompt in enumerate(PROMPTS)]
@@ -154,4 +161,4 @@ def test_the_cache_keeps_guidance_and_refuses_what_does_not_fit(work: Work) -> N
     fits.requires(work)
     fits.apply(work)
     assert (work.program.marks(), work.program.guidance_marks()) == ("#-#-#-", "#-#-#-")
-    assert interval_program(6, 2, "up_1", (FULL, REUSE) * 3) == work.program
+    assert work.program.guidance == (FULL, REUSE) * 3 and work.program.steps == (FULL, CACHED) * 3

@@ -14,17 +14,18 @@ from diffpress.calibration.capture import PLAIN, Call, Execution, Recordings
 from diffpress.calibration.model import load_pipeline
 from diffpress.calibration.schedule import tabulate
 from diffpress.calibration.sets import CalibrationSet
-from diffpress.compress.cache.deepcache import CACHED, CachePass, interval_program
+from diffpress.compress.cache.deepcache import CachePass
 from diffpress.compress.cache.execute import CachedDenoiser, executed, execution
-from diffpress.compress.families.unet import UNetGraph
+from diffpress.compress.cache.program import CACHED
+from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL, LayerQuant, StepProgram, Variant
+from diffpress.plan import FULL, Correction, Corrections, LayerQuant, StepProgram, Variant
 
-STEPS, BRANCH = 5, 1
-PROGRAM = interval_program(STEPS, 2, "deep")  # full, cached, full, cached, full
-BRANCHES = {"deep": BRANCH}
+STEPS, BRANCH, DEEP = 5, 1, "up_1"
+VARIANTS = {FULL: Variant(writes=(DEEP,)), CACHED: Variant(reads=(DEEP,))}
+PROGRAM = StepProgram((FULL, CACHED, FULL, CACHED, FULL), VARIANTS)
 PROMPTS = ("a red ring", "a star")
 
 
@@ -71,9 +72,9 @@ def by_hand(pipeline: Any, prompt: str, seed: int = 3) -> tuple[Tensor, list[tup
     for index, timestep in enumerate(scheduler.timesteps):
         pair, time = torch.cat([latent, latent]), timestep.float().reshape(1)
         if index % 2 == 0:
-            output, feature = UNetGraph(unet, writes=BRANCH)(pair, time, text)
+            output, feature = UNetGraph(unet, writes=(DEEP,))(pair, time, text)
         else:
-            (output,) = UNetGraph(unet, reads=BRANCH)(pair, time, text, feature)
+            (output,) = UNetGraph(unet, (DEEP,))(pair, time, text, feature)
         seen.append((output, feature))
         without, given = output.chunk(2)
         latent = scheduler.step(without + 3.0 * (given - without), timestep, latent, return_dict=False)[0]
@@ -82,23 +83,23 @@ def by_hand(pipeline: Any, prompt: str, seed: int = 3) -> tuple[Tensor, list[tup
 
 def test_an_all_full_program_is_the_model(pipeline: Any) -> None:
     expected = image(pipeline, PROMPTS[0])
-    with executed(pipeline, StepProgram((FULL,) * STEPS), {}):
+    with executed(pipeline, StepProgram((FULL,) * STEPS)):
         got = image(pipeline, PROMPTS[0])
     assert torch.allclose(got, expected, atol=1e-4)
 
 
 def test_a_cached_image_is_the_one_made_by_hand(pipeline: Any) -> None:
     expected, _ = by_hand(pipeline, PROMPTS[0])
-    with executed(pipeline, PROGRAM, BRANCHES):
+    with executed(pipeline, PROGRAM):
         got = image(pipeline, PROMPTS[0])
     assert torch.equal(got, expected)
     assert not torch.allclose(got, image(pipeline, PROMPTS[0]), atol=1e-3)  # the cache is seen
 
 
 def test_nothing_leaks_from_one_image_to_the_next(pipeline: Any) -> None:
-    with executed(pipeline, PROGRAM, BRANCHES):
+    with executed(pipeline, PROGRAM):
         alone = image(pipeline, PROMPTS[1])
-    with executed(pipeline, PROGRAM, BRANCHES) as stand_in:
+    with executed(pipeline, PROGRAM) as stand_in:
         image(pipeline, PROMPTS[0])
         assert torch.equal(image(pipeline, PROMPTS[1]), alone)  # after a whole image
         image(pipeline, PROMPTS[0], steps=2)
@@ -111,7 +112,7 @@ def test_nothing_leaks_from_one_image_to_the_next(pipeline: Any) -> None:
 
 
 def test_a_schedule_of_one_step_begins_anew_each_time(pipeline: Any) -> None:
-    with executed(pipeline, interval_program(1, 2, "deep"), BRANCHES):
+    with executed(pipeline, StepProgram((FULL,), VARIANTS)):
         first = image(pipeline, PROMPTS[0], steps=1)
         assert torch.equal(image(pipeline, PROMPTS[0], steps=1), first)
 
@@ -119,24 +120,25 @@ def test_a_schedule_of_one_step_begins_anew_each_time(pipeline: Any) -> None:
 def test_more_calls_than_steps_and_foreign_conditions_are_refused(pipeline: Any) -> None:
     with (
         pytest.raises(DiffpressError, match="more often than the step program's 5 steps"),
-        executed(pipeline, PROGRAM, BRANCHES),
+        executed(pipeline, PROGRAM),
     ):
         image(pipeline, PROMPTS[0], steps=6)
-    stand_in = CachedDenoiser(pipeline.unet, PROGRAM, BRANCHES)
+    stand_in = CachedDenoiser(pipeline.unet, PROGRAM)
     with pytest.raises(DiffpressError, match="does not take added_cond_kwargs"):
         stand_in(torch.zeros(1, 4, 8, 8), 1.0, torch.zeros(1, 4, 32), added_cond_kwargs={"x": 1}, timestep_cond=None)
 
 
 def test_programs_that_a_unet_cannot_run_are_refused(pipeline: Any) -> None:
-    two = StepProgram((FULL,), {FULL: Variant(writes=("a", "b"))})
-    with pytest.raises(DiffpressError, match="variant 'full' reads or writes several features"):
-        CachedDenoiser(pipeline.unet, two, {"a": 0, "b": 1})
-    with pytest.raises(DiffpressError, match="names feature 'deep', which no branch"):
-        CachedDenoiser(pipeline.unet, PROGRAM, {})
+    unknown = StepProgram((FULL,), {FULL: Variant(writes=("up_99",))})
+    with pytest.raises(DiffpressError, match="no feature 'up_99': there are up_0 to up_8"):
+        CachedDenoiser(pipeline.unet, unknown)
+    two = StepProgram((FULL, CACHED), {FULL: Variant(writes=("up_1", "up_2")), CACHED: Variant(("up_1", "up_2"))})
+    with pytest.raises(DiffpressError, match="one deep feature, not up_1, up_2"):
+        CachedDenoiser(pipeline.unet, two)
 
 
 def test_recorded_calls_are_those_of_the_cached_trajectory(work: Work) -> None:
-    work.program, work.features = PROGRAM, dict(BRANCHES)
+    work.program = PROGRAM
     calls = list(work.record())
     outputs = [pair for index, prompt in enumerate(PROMPTS) for pair in by_hand(work.pipeline, prompt, 3 + index)[1]]
     assert [call.variant for call in calls] == [FULL, CACHED, FULL, CACHED, FULL] * 2
@@ -146,8 +148,8 @@ def test_recorded_calls_are_those_of_the_cached_trajectory(work: Work) -> None:
                 assert call.features == {}
                 assert torch.allclose(work.run(call), output, atol=1e-5)  # the stock forward pass adds in another order
             else:
-                assert call.features.keys() == {"deep"}
-                assert torch.equal(call.features["deep"], feature)
+                assert call.features.keys() == {DEEP}
+                assert torch.equal(call.features[DEEP], feature)
                 assert torch.equal(work.run(call), output)
 
 
@@ -163,20 +165,21 @@ def test_work_records_once_and_again_when_the_program_changes(work: Work) -> Non
     assert work.record() is cached
     assert cached.folder != plain.folder
     assert [call.variant for call in plain] == [FULL] * 2 * STEPS
-    work.features = dict.fromkeys(work.features, 2)  # the same program, another branch
+    wide = np.ones((STEPS, 1, 1), np.float32)
+    work.corrections = Corrections(work.sampling.timesteps, {DEEP: Correction(wide, wide[:, 0])})
     assert work.record().folder not in (plain.folder, cached.folder)
     assert len(asked) == 3
     assert any(not torch.equal(a.sample, b.sample) for a, b in zip(plain, cached, strict=True))
 
 
 def test_a_program_that_reads_nothing_is_the_plain_denoiser() -> None:
-    assert execution(interval_program(2, 9, "deep"), BRANCHES).key != PLAIN.key
-    assert execution(interval_program(1, 9, "deep"), BRANCHES) is PLAIN
-    assert execution(StepProgram((FULL,) * 4), {}) is PLAIN
+    assert execution(StepProgram((FULL, CACHED), VARIANTS)).key != PLAIN.key
+    assert execution(StepProgram((FULL,) * 2, VARIANTS)) is PLAIN
+    assert execution(StepProgram((FULL,) * 4)) is PLAIN
 
 
 def test_simulation_reaches_both_kinds_of_call(work: Work) -> None:
-    work.program, work.features = PROGRAM, dict(BRANCHES)
+    work.program = PROGRAM
     full, cached, *_ = work.record()
     name = "up_blocks.2.resnets.2.conv1"  # what every variant runs
     weight = work.denoiser.get_submodule(name).weight
@@ -195,7 +198,7 @@ def test_simulation_reaches_both_kinds_of_call(work: Work) -> None:
 
 
 def test_gradients_flow_through_a_cached_call(work: Work) -> None:
-    work.program, work.features = PROGRAM, dict(BRANCHES)
+    work.program = PROGRAM
     _, cached, *_ = work.record()
     sample = cached.sample.clone().requires_grad_()
     work.run(Call(sample, cached.timestep, cached.text, cached.variant, cached.features)).sum().backward()
@@ -207,6 +210,6 @@ def test_calls_of_another_program_are_refused(work: Work) -> None:
     call = Call(torch.zeros(2, 4, 8, 8), torch.ones(1), torch.zeros(2, 4, 32), CACHED)
     with pytest.raises(DiffpressError, match="'cached' does not belong to the step program"):
         work.run(call)
-    work.program, work.features = PROGRAM, dict(BRANCHES)
-    with pytest.raises(DiffpressError, match="without feature 'deep'"):
+    work.program = PROGRAM
+    with pytest.raises(DiffpressError, match="without feature 'up_1'"):
         work.run(call)

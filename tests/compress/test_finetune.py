@@ -15,6 +15,7 @@ from torch import Tensor
 from diffpress.calibration.capture import Call
 from diffpress.compress import training
 from diffpress.compress.families import unet as family
+from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.compress.numerics.simulate import rounded_weight, simulated
@@ -96,7 +97,7 @@ def output_error(work: Work, network: Any) -> float:
     got, wanted = [], []
     with simulated(work.denoiser, work.quantization, TIMESTEPS):
         got = [work.run(call) for call in recorded()]
-    wanted = [family.UNetGraph(network)(call.sample, call.timestep, call.text)[0] for call in recorded()]
+    wanted = [UNetGraph(network)(call.sample, call.timestep, call.text)[0] for call in recorded()]
     return float((torch.stack(got) - torch.stack(wanted)).norm() / torch.stack(wanted).norm())
 
 
@@ -255,7 +256,7 @@ def test_the_student_computes_what_the_plan_says(
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
         assert output.requires_grad
         assert seen
-        torch.testing.assert_close(exact, family.UNetGraph(network)(call.sample, call.timestep, call.text)[0])
+        torch.testing.assert_close(exact, UNetGraph(network)(call.sample, call.timestep, call.text)[0])
 
 
 def test_targets_are_those_before_any_rounding(network: Any, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_targets_are_those_before_any_rounding(network: Any, tmp_path: Path) -> 
     student, call = Student(work, selection), recorded()[0]
     with student.attached():
         wanted, target = student.full_precision(call)
-    torch.testing.assert_close(target, family.UNetGraph(network)(call.sample, call.timestep, call.text)[0])
+    torch.testing.assert_close(target, UNetGraph(network)(call.sample, call.timestep, call.text)[0])
     assert wanted.keys() == {*selection.time, *selection.rest}
 
 

@@ -66,6 +66,16 @@ def test_what_may_be_refreshed_follows_from_what_is_read() -> None:
     assert economy.earliest_refresh(program) == [0, 0, 0, 2, 0, 2]
 
 
+def test_the_earliest_refresh_of_steps_that_read_two_features_and_earlier_values() -> None:
+    variants = {
+        FULL: Variant(writes=("a", "b")),
+        "cached": Variant(reads=("a", "a@1"), writes=("b",)),
+        "cached_2": Variant(reads=("a", "b", "b@1")),
+    }
+    program = StepProgram((FULL, FULL, "cached", "cached_2", FULL, "cached_2"), variants)
+    assert economy.earliest_refresh(program) == [0, 0, 1, 2, 0, 4]
+
+
 def test_effects_are_how_the_last_sample_changes_with_an_output(work: Work) -> None:
     run([("schedule", SchedulePass(steps=7, spacing="karras"))], scheduled(work))
     sampling = work.sampling

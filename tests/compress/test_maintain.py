@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffpress.compress import training
 from diffpress.compress.families import unet as family
+from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import rounded_weight, simulated
 from diffpress.compress.temporal import maintain
@@ -169,7 +170,7 @@ def test_tables_for_some_leave_the_embedding_to_the_others(network: Any) -> None
             expected = network(sample, torch.tensor([timestep]), text).sample
             for now in (torch.tensor([timestep]), torch.tensor(timestep)):
                 torch.testing.assert_close(unet(sample, now, text).sample, expected, rtol=1e-4, atol=1e-5)
-            (got,) = family.UNetGraph(unet)(sample, torch.tensor([timestep]), text)
+            (got,) = UNetGraph(unet)(sample, torch.tensor([timestep]), text)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         # Off the schedule a table stands still, a projection does not.
         one, other = (features(unet, torch.tensor([t])) for t in (440.0, 450.0))

@@ -152,7 +152,7 @@ def test_what_is_read_computes_what_the_model_computes(mtq: Any, work: Work, con
     found = modelopt.read(model, layers)
     assert {layer.name for layer in found.layers.values()} == formats
     silence(model, found.left, mtq)
-    theirs, rounded = rounded_by(model, found, lambda: replay(model, work.program, work.features, call))
+    theirs, rounded = rounded_by(model, found, lambda: replay(model, work.program, work.corrections, call))
     before = {name: module.weight.clone() for name, module in layers.items()}
     step.apply(work)
     assert all(torch.equal(work.originals[f"{name}.weight"], before[name]) for name in found.weights)

@@ -9,7 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from diffpress import api
+from diffpress.compress.cache.program import program_of
 from diffpress.compress.families import unet as family
+from diffpress.compress.families.unet_graph import modules
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import rounded_input, simulated
 from diffpress.compress.quantize.post_training import FORMATS, QuantizePass
@@ -76,8 +78,9 @@ def test_int4_weights_have_blocks_and_float_inputs(work: Work) -> None:
 def inputs_of(work: Work, name: str) -> list[torch.Tensor]:
     """What layer `name` is given on each recorded call."""
     seen: list[torch.Tensor] = []
+    calls = list(work.record())  # first, since recording runs the layer, too
     hook = work.denoiser.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    for call in work.record():
+    for call in calls:
         work.run(call)
     hook.remove()
     return seen
@@ -168,3 +171,20 @@ def test_steps_that_were_never_recorded_are_named(tiny_pipeline: Path) -> None:
     few = api.begin(str(tiny_pipeline), recipe, steps=STEPS, quiet=True)
     with pytest.raises(DiffpressError, match="calibration set is too small: quantize with scales: step"):
         applied(few, scales="step")
+
+
+def test_steps_that_take_a_layer_from_others_need_no_scale_of_their_own(work: Work) -> None:
+    """Per-step scales under a plan whose cached steps read several modules: their layers run in full steps alone."""
+    taken = [name for name, kind in modules(work.denoiser).items() if kind in ("attn1", "ff")]
+    work.program = program_of(work.denoiser, [(), taken, (), ("up_1",)])
+    applied(work, format="int8", scales="step")
+    inside = next(
+        name for name in work.quantization if name.startswith("down_blocks.1.attentions.1.transformer_blocks.0.attn1")
+    )
+    deep = next(name for name in work.quantization if name.startswith("mid_block.resnets"))
+    ahead = next(name for name in work.quantization if name.startswith("up_blocks.2.resnets.2.conv1"))
+    scales = {name: work.quantization[name].input_scale for name in (inside, deep, ahead)}
+    assert scales[inside][1] == scales[inside][0] and scales[inside][3] == scales[inside][2]
+    assert len(set(scales[deep][:3].tolist())) == 3 and scales[deep][3] == scales[deep][2]
+    assert len(set(scales[ahead].tolist())) == 4
+    assert 0 < error(work) < 0.2

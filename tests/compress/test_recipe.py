@@ -1,5 +1,6 @@
 """Recipes: what is read, and what is refused with one line that names the key."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from diffpress.errors import DiffpressError
 
 
 def test_every_shipped_recipe_loads_and_says_what_was_measured() -> None:
-    assert set(recipe.presets()) == {"fp32", "int8", "cache", "balanced", "fast"}
+    assert set(recipe.presets()) == {"fp32", "int8", "cache", "cachequant", "balanced", "fast"}
     for name, file in recipe.presets().items():
         loaded = recipe.load(name)
         assert loaded.name == name
@@ -25,7 +26,7 @@ def test_fields_reach_the_pass(tmp_path: Path) -> None:
     assert loaded.name == "mine"
     assert loaded.steps == 20
     assert loaded.built() == [("cache", CachePass(interval=4, branch=1))]
-    assert recipe.as_json(loaded)["passes"] == [{"cache": {"interval": 4, "branch": 1}}]
+    assert recipe.as_json(loaded)["passes"] == [{"cache": asdict(CachePass(interval=4, branch=1))}]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,12 @@ def test_fields_reach_the_pass(tmp_path: Path) -> None:
         ("passes:\n  - cache: {interval: 1}\n", "'interval'"),
         ("passes:\n  - cache: {interval: many}\n", "'interval'"),
         ("passes:\n  - quantize: {format: int3}\n", "'format'"),
+        ("passes:\n  - magcache: {threshold: -1}\n", "'threshold'"),
+        ("passes:\n  - magcache: {retain: 1}\n", "'retain'"),
+        ("passes:\n  - freeze: {rule: taylor}\n", "'rule'"),
+        ("passes:\n  - freeze: {max_consecutive: 0}\n", "'max_consecutive'"),
+        ("passes:\n  - tgate: {gate: 0}\n", "'gate'"),
+        ("passes:\n  - tgate: {guidance: both}\n", "'guidance'"),
         ("passes:\n  - squeeze\n", "no pass 'squeeze'"),
         ("passes:\n  - {cache: {}, quantize: {}}\n", "one 'name: fields' entry"),
         ("stepps: 4\n", "unknown key 'stepps'"),

@@ -13,6 +13,7 @@ import torch
 
 from diffpress.calibration.capture import Call
 from diffpress.compress.families import unet as family
+from diffpress.compress.families.unet_graph import feature_shapes
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.compress.numerics.simulate import rounded_weight, simulated
@@ -245,10 +246,10 @@ def test_inputs_come_from_the_quantized_prefix_and_targets_from_full_precision(n
 
 def test_calls_that_skip_a_unit_are_left_out(network: Work, tmp_path: Path) -> None:
     work = make_work(network, tmp_path)
-    variants = {FULL: Variant(writes=("kept",)), "cached": Variant(reads=("kept",))}
-    work.program, work.features = StepProgram((FULL, "cached") * 2, variants), {"kept": 0}
-    feature = torch.zeros(2, *family.feature_shape(work.denoiser, 0, 8, 8))
-    cached = [replace(call, variant="cached", features={"kept": feature}) for call in recorded()[3:]]
+    variants = {FULL: Variant(writes=("up_0",)), "cached": Variant(reads=("up_0",))}
+    work.program = StepProgram((FULL, "cached") * 2, variants)
+    feature = torch.zeros(2, *feature_shapes(work.denoiser, ["up_0"], 8, 8)["up_0"])
+    cached = [replace(call, variant="cached", features={"up_0": feature}) for call in recorded()[3:]]
     state = reconstruct.State(work, set(work.quantization))
     for unit, count in ((RESNET, 6), ("up_blocks.1.resnets.1", 16)):
         data = state.capture(unit, recorded()[:3] + cached)
@@ -283,3 +284,18 @@ def test_refuses_what_it_cannot_refine(network: Work, tmp_path: Path) -> None:
     work.quantization = {}
     with pytest.raises(DiffpressError, match="put 'quantize' before"):
         pass_of().requires(work)
+
+
+def test_units_that_a_call_takes_in_part_do_not_learn_from_it(network: Any, tmp_path: Path) -> None:
+    """A feature in the place of a module answers for it: that is nothing for its unit to learn."""
+    work = make_work(network, tmp_path)
+    attention = f"{TRANSFORMER}.transformer_blocks.0.attn1"
+    shapes = feature_shapes(work.denoiser, (RESNET, attention), 8, 8)
+    features = {name: torch.randn(2, *shape) for name, shape in shapes.items()}
+    variants = {FULL: Variant(writes=(RESNET, attention)), "cached": Variant(reads=(RESNET, attention))}
+    work.program = StepProgram((FULL, "cached") * 2, variants)
+    cached = [replace(call, variant="cached", features=features) for call in recorded()[3:]]
+    state = reconstruct.State(work, set())
+    for unit, calls in ((RESNET, 3), (TRANSFORMER, 3), ("up_blocks.1.resnets.0", 8)):
+        data = state.capture(unit, recorded()[:3] + cached)
+        assert data is not None and len(data.targets) == 2 * calls, unit

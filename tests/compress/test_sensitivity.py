@@ -15,7 +15,7 @@ from diffpress.compress.quantize import sensitivity
 from diffpress.compress.quantize.sensitivity import final_latents, measure
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
-from diffpress.plan import LayerQuant
+from diffpress.plan import FULL, Correction, Corrections, LayerQuant, StepProgram, Variant
 
 NAMES = [
     "down_blocks.0.resnets.0.conv1",
@@ -97,3 +97,14 @@ def test_final_latents_are_those_of_the_scheduler(work: Work) -> None:
         assert torch.allclose(got, x[0], atol=1e-4)
     CachePass(interval=2, branch=0).apply(work)
     assert not torch.allclose(final_latents(work, prompts)[0], got, atol=1e-4)  # cached steps are run as such
+
+
+def test_numbers_belong_to_the_corrections_of_features(work: Work) -> None:
+    work.program = StepProgram((FULL, "cached") * 2, {FULL: Variant(writes=("up_0",)), "cached": Variant(("up_0",))})
+    keys = set()
+    for scale in (None, 1.0, 0.5):
+        if scale is not None:
+            entry = Correction(np.full((4, 1, 1), scale, np.float32), np.zeros((4, 1), np.float32))
+            work.corrections = Corrections(work.sampling.timesteps, {"up_0": entry})
+        keys.add(sensitivity.probe(work, "latent", 1, 1)[0])
+    assert len(keys) == 3

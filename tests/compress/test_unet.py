@@ -4,17 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from diffpress.calibration.model import load_pipeline
 from diffpress.calibration.schedule import tabulate as tabulate_schedule
-from diffpress.compress.cache.deepcache import CACHED, CachePass, interval_program
+from diffpress.compress.cache.deepcache import CachePass, around
+from diffpress.compress.cache.program import CACHED
 from diffpress.compress.families import unet as family
+from diffpress.compress.families.unet_graph import UNetGraph, up
 from diffpress.compress.temporal.table import TemporalTablePass, install, tabulate
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL
+from diffpress.plan import FULL, Variant
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def test_full_graph_equals_the_stock_forward(unet: Any) -> None:
     sample, timestep, text = inputs()
     with torch.no_grad():
         expected = unet(sample, timestep, text).sample
-        (got,) = family.UNetGraph(unet)(sample, timestep, text)
+        (got,) = UNetGraph(unet)(sample, timestep, text)
     assert torch.allclose(got, expected, atol=1e-5)
 
 
@@ -49,18 +52,17 @@ def test_a_fresh_feature_of_any_branch_changes_nothing(unet: Any) -> None:
     with torch.no_grad():
         expected = unet(sample, timestep, text).sample
         for branch in range(family.branches(unet)):
-            full, feature = family.UNetGraph(unet, writes=branch)(sample, timestep, text)
-            (cached,) = family.UNetGraph(unet, reads=branch)(sample, timestep, text, feature)
+            full, feature = UNetGraph(unet, writes=(up(branch),))(sample, timestep, text)
+            (cached,) = UNetGraph(unet, (up(branch),))(sample, timestep, text, feature)
             assert torch.allclose(full, expected, atol=1e-5)
             assert torch.allclose(cached, expected, atol=1e-5), branch
-            assert family.feature_shape(unet, branch, 8, 8) == tuple(feature.shape[1:])
 
 
 def test_a_stale_feature_changes_the_output(unet: Any) -> None:
     sample, timestep, text = inputs()
     with torch.no_grad():
-        full, feature = family.UNetGraph(unet, writes=1)(sample, timestep, text)
-        (cached,) = family.UNetGraph(unet, reads=1)(sample, timestep, text, feature + 1)
+        full, feature = UNetGraph(unet, writes=("up_1",))(sample, timestep, text)
+        (cached,) = UNetGraph(unet, ("up_1",))(sample, timestep, text, feature + 1)
     assert not torch.allclose(full, cached, atol=1e-3)
 
 
@@ -72,7 +74,7 @@ def test_temporal_table_equals_the_embedding_and_removes_it(unet: Any) -> None:
         install(unet, tabulate(unet, timesteps))
         for t, reference in zip(timesteps, expected, strict=True):
             assert torch.allclose(unet(sample, torch.tensor([t]), text).sample, reference, atol=1e-5)
-            assert torch.allclose(family.UNetGraph(unet)(sample, torch.tensor([t]), text)[0], reference, atol=1e-5)
+            assert torch.allclose(UNetGraph(unet)(sample, torch.tensor([t]), text)[0], reference, atol=1e-5)
     assert not any("time_emb" in name for name, _ in unet.named_parameters())
 
 
@@ -83,22 +85,43 @@ def test_quantizable_layers_leave_out_ends_and_time(unet: Any) -> None:
     assert not any("time_emb" in name or name in ("conv_in", "conv_out") for name in names)
 
 
-@pytest.mark.parametrize(("steps", "interval"), [(50, 3), (7, 3), (5, 5), (4, 9), (1, 2)])
-def test_interval_program_is_full_first_and_every_interval(steps: int, interval: int) -> None:
-    program = interval_program(steps, interval, "f")
-    assert len(program.steps) == steps
-    assert [index for index, name in enumerate(program.steps) if name == FULL] == list(range(0, steps, interval))
-
-
 def test_cache_pass_plans_and_refuses(work: Work) -> None:
     with pytest.raises(DiffpressError, match="branches 0 to 8"):
         CachePass(branch=9).requires(work)
     CachePass(interval=2, branch=1).requires(work)
     CachePass(interval=2, branch=1).apply(work)
     assert work.program.steps == (FULL, CACHED) * 3 + (FULL,)
-    assert work.features == {"up_1": 1}
+    assert work.program.variants == {FULL: Variant(writes=("up_1",)), CACHED: Variant(reads=("up_1",))}
     with pytest.raises(DiffpressError, match="keep one"):
         CachePass().requires(work)
+
+
+def test_full_steps_stand_closer_around_a_center() -> None:
+    assert around(10, 5, 0, 1.0) == (0, 2, 4, 6, 8)
+    for steps, count, center, power in [(50, 10, 15, 1.4), (50, 25, 0, 2.0), (20, 7, 19, 1.2), (7, 7, 3, 3.0)]:
+        found = around(steps, count, center, power)
+        assert len(found) == count and found[0] == 0 and found[-1] < steps
+    gaps = np.diff(around(50, 12, 20, 1.6))
+    near = int(np.searchsorted(around(50, 12, 20, 1.6), 20))
+    assert gaps[near] < gaps[0] and gaps[near] < gaps[-1]
+
+
+def test_full_steps_may_be_listed(work: Work) -> None:
+    CachePass(full=(0, 1, 4)).apply(work)
+    assert work.program.marks() == "##--#--"
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (CachePass(full=(1, 2)), "cache: step 0 reads feature 'up_0' before any step wrote it"),
+        (CachePass(full=(0, 7)), "cache: full step 7 is not one of the schedule's, 0 to 6"),
+        (CachePass(center=7), "cache: center 7 is not one of the schedule's steps, 0 to 6"),
+    ],
+)
+def test_full_steps_that_are_not_there_are_refused(work: Work, step: CachePass, message: str) -> None:
+    with pytest.raises(DiffpressError, match=message):
+        step.requires(work)
 
 
 def test_temporal_pass_records_the_schedule(work: Work) -> None:

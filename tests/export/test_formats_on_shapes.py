@@ -35,7 +35,7 @@ def exported(work: Work) -> Any:
     call = next(iter(work.record()))
     with graphs.plain_attention(work.denoiser):
         shapes: Any = (tuple(call.sample.shape[1:]), tuple(call.text.shape[1:]))
-        (spec,) = ship.denoiser_specs(work.denoiser, work.plan(), {}, *shapes).values()
+        (spec,) = ship.denoiser_specs(work.denoiser, work.plan(), *shapes).values()
         return graphs.to_onnx(spec)
 
 

@@ -124,6 +124,49 @@ def test_scales_by_step_equal_quantization_with_each(model: Small, tmp_path: Pat
     check(run(model, odd, tmp_path / "odd"), 2e-3)
 
 
+def test_layers_with_scales_by_step_may_give_outputs_of_the_graph(model: Small, tmp_path: Path) -> None:
+    class Both(Wrapped):
+        def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+            feature = self.unet.conv(sample)
+            return *self.unet(sample, timestep), feature
+
+    plan = {"conv": quant(model.conv, "int8", "int8", (0.04, 0.02, 0.01, 0.005))}
+    inputs = {"sample": torch.randn(2, 16, 6, 6), "timestep": torch.tensor([600.0])}
+    module = Both(model).eval().requires_grad_(False)
+    graph = graphs.to_onnx(graphs.GraphSpec(module, inputs, ("out_sample", "feature")))
+    assert qdq.insert(graph, plan, SCHEDULE) == set(plan)
+    graphs.finish(graph)
+    store.save({"model.onnx": graph}, tmp_path)
+    session = open_session(tmp_path / "model.onnx", "onnxruntime")
+    for timestep in SCHEDULE:
+        feed = {**inputs, "timestep": torch.tensor([timestep])}
+        got = session.run({name: value.numpy() for name, value in feed.items()})
+        with torch.no_grad(), simulated(model, plan, SCHEDULE):
+            model.time_proj(feed["timestep"])  # tells the simulation the time before the first layer
+            wanted = module(**feed)
+        check([(got[name], value.numpy()) for name, value in zip(("out_sample", "feature"), wanted, strict=True)], 1e-5)
+
+
+def test_rows_at_steps_of_their_own_have_their_own_scales(model: Small, tmp_path: Path) -> None:
+    plan = {
+        name: quant(
+            module, "int8", "int8", (0.04, 0.02, 0.01, 0.005), multiplier=np.full(module.weight.shape[1], 2, np.float32)
+        )
+        for name, module in (("conv", model.conv), ("linear", model.linear), ("vector", model.vector))
+    }
+    one_by_one = run(model, plan, tmp_path / "one")
+    sample = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))  # that of `run`
+    inputs = {"sample": sample, "timestep": torch.tensor([600.0, 1.0])}
+    graph = graphs.to_onnx(graphs.GraphSpec(Wrapped(model).eval(), inputs, ("out_sample",), fixed=()))
+    assert qdq.insert(graph, plan, SCHEDULE) == set(plan)
+    graphs.finish(graph)
+    store.save({"model.onnx": graph}, tmp_path / "rows")
+    session = open_session(tmp_path / "rows" / "model.onnx", "onnxruntime")
+    feed = {"sample": sample.repeat(4, 1, 1, 1), "timestep": torch.tensor(SCHEDULE).repeat_interleave(2)}
+    got = np.split(session.run({name: value.numpy() for name, value in feed.items()})["out_sample"], 4)
+    check(list(zip(got, (wanted for _, wanted in one_by_one), strict=True)), 1e-5)
+
+
 @pytest.mark.parametrize(
     "formats", [("e2m1", "e4m3"), ("e2m1", None), ("e2m1", "int8"), ("int4", "int8"), ("e3m0", None)]
 )

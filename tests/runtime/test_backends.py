@@ -144,3 +144,60 @@ def test_a_missing_library_is_named(missing: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("backend", "precision"), PAIRS)
+def test_outputs_are_written_where_they_are_wanted(graph: Path, backend: str, precision: str) -> None:
+    session = open_session(graph, backend, precision, threads=1)
+
+    def run(value: float, rows: int = 2, **into: np.ndarray) -> dict[str, np.ndarray]:
+        x, unused = np.full((rows, 3), value, np.float32), np.zeros((rows, 2), np.float32)
+        return session.run({"x": x, "y": np.ones(1, np.float32), "unused": unused}, into)
+
+    first, second, room = (np.zeros((2, 3), np.float32) for _ in range(3))
+    results = run(2, same=first)
+    assert results["same"] is first and list(results) == list(session.outputs)
+    assert (first == 2).all() and (results["again"] == 2).all() and (results["sum"] == 3).all()
+    assert not any(np.shares_memory(first, results[name]) for name in ("sum", "again"))
+    run(5, same=second, sum=room)
+    assert (first == 2).all() and (second == 5).all() and (room == 6).all()
+    assert (results["again"] == 2).all() and (results["sum"] == 3).all()  # of the first run
+    last = run(7)
+    assert (first == 2).all() and (second == 5).all() and (room == 6).all() and (last["same"] == 7).all()
+    run(9, rows=1, same=room[:1])
+    assert (room == [[9] * 3, [6] * 3]).all()
+    run(4, same=first)
+    run(8, same=second)
+    run(3, sum=room)  # `same` is wanted nowhere now
+    assert (first == 4).all() and (second == 8).all() and (room == 4).all()
+    run(6, same=second)
+    assert (first == 4).all() and (second == 6).all() and (room == 4).all()
+    fed = session.run({"x": room[-1:], "y": np.ones(1, np.float32), "unused": np.zeros((1, 2), np.float32)})
+    assert (fed["sum"] == 5).all()
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_what_cannot_be_written_into_is_refused(graph: Path, backend: str) -> None:
+    session = open_session(graph, backend)
+    x = np.zeros((2, 3), np.float32)
+    feeds = {"x": x, "y": np.ones(1, np.float32), "unused": np.zeros((2, 2), np.float32)}
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    wrong = [x.astype(np.float64), np.zeros((2, 4), np.float32), np.zeros((3, 2), np.float32).T, fixed, x[0]]
+    for array in wrong:
+        with pytest.raises(
+            DiffpressError, match=r"'same' .*give a contiguous, writeable float32 array of \[batch, 3\]"
+        ):
+            session.run(feeds, {"same": array})
+    with pytest.raises(DiffpressError, match="no output 'other'"):
+        session.run(feeds, {"other": x.copy()})
+    with pytest.raises(DiffpressError, match=r"cannot run .*graph\.onnx") as caught:
+        session.run(feeds, {"same": np.zeros((5, 3), np.float32)})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DiffpressError, match=r"cannot run .*graph\.onnx"):
+        session.run(feeds | {"x": np.zeros((2, 4), np.float32)}, {"same": x.copy()})
+    session.run(feeds, {"same": x.copy()})
+    if backend == "onnxruntime":  # what an earlier run was fed does not stand in
+        with pytest.raises(DiffpressError, match=r"cannot run .*graph\.onnx"):
+            session.run({"x": x, "unused": feeds["unused"]}, {"same": x.copy()})
+    assert (session.run(feeds)["sum"] == 1).all()  # and nothing of this stays

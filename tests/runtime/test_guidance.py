@@ -10,7 +10,7 @@ import pytest
 
 from diffpress import bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import CONDITIONAL, FULL, REUSE, Sampling, StepProgram, Variant
+from diffpress.plan import CONDITIONAL, FULL, MEAN, REUSE, Sampling, StepProgram, Variant
 from diffpress.runtime import backends
 from diffpress.runtime.noise import randn
 from diffpress.runtime.pipeline import Pipeline, guide
@@ -30,19 +30,28 @@ def path(make: Make) -> Path:
 
 
 def by_hand(
-    toy: Any, path: Path, sampling: Sampling, prompt: str, seed: int, scale: float
+    toy: Any,
+    path: Path,
+    sampling: Sampling,
+    prompt: str,
+    seed: int,
+    scale: float,
+    guidance: Sequence[str] = GUIDANCE,
 ) -> tuple[np.ndarray, list[int]]:
     """The last latent [1, 4, h, w] and how many halves every step computed."""
     tokenizer = Tokenizer.load(path / "tokenizer")
     texts = {name: toy.text(tokenizer.encode([text])) for name, text in (("u", ""), ("c", prompt))}
     x, before, d, halves = randn(seed, (1, 4, 4, 4)) * sampling.init_noise_sigma, None, None, []
     kept: dict[str, np.ndarray] = {}
-    for step, how, timestep in zip(STEPS, GUIDANCE, sampling.timesteps, strict=True):
+    for step, how, timestep in zip(STEPS, guidance, sampling.timesteps, strict=True):
 
-        def half(name: str, step: str = step, timestep: float = timestep, x: np.ndarray = x) -> np.ndarray:
+        def half(
+            name: str, step: str = step, timestep: float = timestep, x: np.ndarray = x, how: str = how
+        ) -> np.ndarray:
             if step == "full":
                 kept[name] = toy.feature(x * 0.5, timestep, texts[name])
-            return np.asarray(toy.output(x * 0.5, kept[name]))
+            given = (kept["u"] + kept["c"]) / 2 if how == MEAN else kept[name]
+            return np.asarray(toy.output(x * 0.5, given))
 
         if how == FULL:
             u, c = half("u"), half("c")
@@ -67,6 +76,30 @@ def test_a_program_that_leaves_halves_out_is_the_one_by_hand(path: Path, toy: An
         assert np.linalg.norm(got - np.concatenate(wanted)) < 1e-4 * np.linalg.norm(wanted)
 
 
+MEANS = (FULL, MEAN, FULL, MEAN, CONDITIONAL, FULL, MEAN)  # and a step that reads a half after one that took the mean
+
+
+@pytest.mark.parametrize("backend", sorted({name for name, _ in backends.available()}))
+def test_a_step_of_one_half_takes_the_mean_of_what_both_wrote(make: Make, toy: Any, backend: str) -> None:
+    path = make(steps=STEPS, program=StepProgram(STEPS, VARIANTS, MEANS).to_json())
+    pipeline = Pipeline.load(path, backend, "fp32", threads=1)
+    for _ in range(2):
+        got = pipeline(PROMPTS, SEEDS, keep_latents=True).latents[-1]
+        wanted = [by_hand(toy, path, pipeline.sampling, *pair, 3.0, MEANS) for pair in zip(PROMPTS, SEEDS, strict=True)]
+        latents = np.concatenate([latent for latent, _ in wanted])
+        assert np.linalg.norm(got - latents) < 1e-4 * np.linalg.norm(latents)
+    assert wanted[0][1] == [2, 1, 2, 1, 1, 2, 1]
+    conditional = [by_hand(toy, path, pipeline.sampling, p, s, 3.0)[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    assert np.linalg.norm(got - np.concatenate(conditional)) > 1e-2 * np.linalg.norm(got)  # the mean is seen
+
+
+def test_without_guidance_there_is_one_half_and_no_mean(make: Make) -> None:
+    path = make(steps=STEPS, program=StepProgram(STEPS, VARIANTS, MEANS).to_json())
+    got, sessions = counted(path, guidance_scale=1.0)
+    assert {size for session in sessions.values() for size in session.ran} == {2}
+    np.testing.assert_array_equal(got, counted(path, StepProgram(STEPS, VARIANTS), guidance_scale=1.0)[0])
+
+
 class Counting:
     """A session that notes batch sizes."""
 
@@ -78,9 +111,9 @@ class Counting:
     def prepare(self, batch: int) -> None:
         self.prepared.append(batch)
 
-    def run(self, feeds: backends.Feeds) -> dict[str, np.ndarray]:
+    def run(self, feeds: backends.Feeds, into: backends.Feeds | None = None) -> dict[str, np.ndarray]:
         self.ran.append(len(feeds["sample"]))
-        return self.session.run(feeds)
+        return self.session.run(feeds, into)
 
 
 def counted(path: Path, program: StepProgram | None = None, **arguments: Any) -> tuple[np.ndarray, dict[str, Counting]]:
@@ -114,18 +147,18 @@ def test_a_program_of_full_guidance_changes_no_bit(make: Make) -> None:
 
 
 def test_guide_is_what_it_says() -> None:
-    outputs = iter([[1.0, 5.0], [7.0], [11.0], [2.0, 3.0], [4.0]])
+    outputs = iter([[1.0, 5.0], [7.0], [11.0], [2.0, 3.0], [6.0], [4.0]])
     shown: list[int] = []
 
     def denoise(index: int, sample: np.ndarray, timestep: float) -> np.ndarray:
         shown.append(len(sample))
         return np.array(next(outputs), np.float32).reshape(-1, 1, 1, 1)
 
-    program = StepProgram((FULL,) * 5, guidance=(FULL, REUSE, CONDITIONAL, FULL, REUSE))
+    program = StepProgram((*[FULL] * 4, "cached", "cached"), VARIANTS, (FULL, REUSE, CONDITIONAL, FULL, MEAN, REUSE))
     guided = guide(denoise, 3.0, program)
-    got = [guided(index, np.zeros((1, 1, 1, 1), np.float32), 0.0).item() for index in range(5)]
-    assert got == [1 + 3 * 4, 7 + 2 * 4, 11, 2 + 3 * 1, 4 + 2 * 1]
-    assert shown == [2, 1, 1, 2, 1]
+    got = [guided(index, np.zeros((1, 1, 1, 1), np.float32), 0.0).item() for index in range(6)]
+    assert got == [1 + 3 * 4, 7 + 2 * 4, 11, 2 + 3 * 1, 6, 4 + 2 * 1]
+    assert shown == [2, 1, 1, 2, 1, 1]
 
 
 def test_the_schedule_of_such_a_bundle_is_its_own(make: Make) -> None:

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from diffpress import bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import Plan, Sampling, StepProgram, TemporalTable
+from diffpress.plan import FULL, Plan, Sampling, StepProgram, TemporalTable
 from diffpress.runtime import backends
 from diffpress.runtime.noise import randn
 from diffpress.runtime.pipeline import Pipeline, choose, find_problem
@@ -123,6 +124,57 @@ def test_a_bound_bundle_takes_no_other_schedule(make: Make, tmp_path: Path) -> N
     with pytest.raises(DiffpressError, match="step program is bound"):
         Pipeline.load(path, sampling=replaced(path, 3))
     Pipeline.load(path, sampling=replaced(path, 5))  # its own is no other
+
+
+def one_step_back(path: Path) -> dict[str, Any]:
+    """The manifest's sampling with a solver that has no memory."""
+    data = bundle.read(path).manifest["sampling"]
+    return {**data, "terms": [[["sample", 0, 0.9], ["output", 0, -0.2 - 0.01 * row]] for row in range(len(STEPS))]}
+
+
+@pytest.mark.parametrize(("backend", "precision"), FP32)
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_sampling_begins_in_the_middle(make: Make, backend: str, precision: str, scale: float) -> None:
+    path = make()  # once: its tokenizer is trained
+    program = StepProgram.from_json(bundle.read(path).manifest["program"])
+
+    def opened(steps: Sequence[str]) -> Pipeline:
+        changes = {"sampling": one_step_back(path), "program": replace(program, steps=tuple(steps)).to_json()}
+        bundle.write_manifest(path, bundle.read(path).manifest | changes)
+        return Pipeline.load(path, backend, precision, threads=1)
+
+    def latents(pipeline: Pipeline, **options: Any) -> list[np.ndarray]:
+        return pipeline(PROMPTS, [3, 4], guidance_scale=scale, keep_latents=True, **options).latents
+
+    plain = opened((FULL,) * 5)
+    whole, seen = latents(plain), list[int]()
+    began = latents(plain, start=2, latents=whole[1], on_step=lambda index, _: seen.append(index))
+    assert seen == [2, 3, 4]
+    np.testing.assert_array_equal(began, whole[2:])
+    np.testing.assert_array_equal(latents(plain), whole)  # and nothing of that is left
+
+    cached = opened(STEPS)
+    whole = latents(cached)
+    np.testing.assert_array_equal(latents(cached, start=3, latents=whole[2]), whole[3:])  # a key step
+    began = latents(cached, start=2, latents=whole[1])  # full, where the plan reads
+    wanted = latents(opened(("full", "cached", "full", "full", "cached")), start=2, latents=whole[1])
+    np.testing.assert_array_equal(began, wanted)
+    noise = randn(3, (2, 4, 4, 4))
+    np.testing.assert_array_equal(latents(cached, latents=noise), latents(cached, latents=noise, start=0))
+
+
+def test_a_start_that_cannot_be_is_refused(make: Make) -> None:
+    pipeline = Pipeline.load(make())
+    latents = np.zeros((2, 4, 4, 4), np.float32)
+    with pytest.raises(DiffpressError, match=r"its solver .* looks back"):
+        pipeline(PROMPTS, [3, 4], start=2, latents=latents)
+    with pytest.raises(DiffpressError, match="needs the latents"):
+        pipeline(PROMPTS, [3, 4], start=2)
+    with pytest.raises(DiffpressError, match="give 0 to 4"):
+        pipeline(PROMPTS, [3, 4], start=5, latents=latents)
+    for wrong in (latents[:1], latents + np.nan):
+        with pytest.raises(DiffpressError, match=r"must be finite and of \[2, 4, 4, 4\]"):
+            pipeline(PROMPTS, [3, 4], latents=wrong)
 
 
 def test_a_temporal_table_takes_no_other_schedule(make: Make) -> None:

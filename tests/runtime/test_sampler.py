@@ -97,7 +97,8 @@ def test_terms_reach_back_to_earlier_samples_and_outputs() -> None:
         lambda: schedule([1.0], ((("sample", 0, 1.0),),), [1.0, 1.0]),
         lambda: schedule([1.0], ((("sample", 1, 1.0),),)),
         lambda: schedule([1.0], ((("sample", -1, 1.0),),)),
-        lambda: schedule([1.0], ((("noise", 0, 1.0),),)),
+        lambda: schedule([1.0], ((("noise", 1, 1.0),),)),
+        lambda: schedule([1.0], ((("salt", 0, 1.0),),)),
     ],
 )
 def test_a_schedule_that_cannot_be_run_is_refused(broken: Callable[[], Sampling]) -> None:
