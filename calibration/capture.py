@@ -66,11 +66,13 @@ def _plainly(pipeline: Any, observe: Observe) -> Iterator[None]:
 class Execution:
     """How a pipeline runs its denoiser. Within `watched(pipeline, observe)` one image is made and every call observed.
 
-    `key` tells executions apart that give other calls.
+    `key` tells executions apart that give other calls; `variants` names the graph of each call, empty where there is
+    one.
     """
 
     key: str
     watched: Callable[[Any, Observe], AbstractContextManager[None]]
+    variants: tuple[str, ...] = ()
 
 
 PLAIN = Execution("", _plainly)  # the denoiser as it is, in full at every step
@@ -118,7 +120,7 @@ def record(
     Runs on the GPU where there is one; the processes of `accelerate launch` share the prompts out.
     """
     horizon = float(pipeline.scheduler.config.num_train_timesteps)
-    chosen = calibration.calls(sampling.timesteps, horizon, seed)
+    chosen = calibration.calls(sampling.timesteps, horizon, seed, execution.variants)
     with on_fastest_device(pipeline):
         state = [model_digest, state_digest(pipeline.unet), str(pipeline.unet.device.type), torch.__version__]
         key = json.dumps([*state, calibration.prompts, chosen, sampling.to_json(), seed, execution.key])

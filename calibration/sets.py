@@ -17,7 +17,9 @@ NDTC_MEAN = NDTC_DEVIATION = 0.4  # of the training horizon T, as in PTQ4DM's co
 class CalibrationSet:
     """Which prompts are run, and which of their calls are kept.
 
-    `uniform`: `steps` calls at a uniform stride (Li et al. 2023, Q-Diffusion, Section 3.2).
+    `uniform`: `steps` calls at a uniform stride (Li et al. 2023, Q-Diffusion, Section 3.2). Under a step program each
+    of its graph variants has an equal share of them, at a uniform stride over the calls that run it: one stride over
+    all calls can miss a variant that runs at regular intervals.
     `ndtc`: `steps` calls at normally distributed timesteps (Shang et al. 2023, PTQ4DM, Section 3.3). In the paper every
     draw is a fresh noise run down to its t; here each prompt has its own noise and its draws lie along one trajectory.
     `every-step`: all calls, whatever `steps` says (Huang et al. 2024, TFMQ-DM: the finite set of timesteps).
@@ -39,17 +41,20 @@ class CalibrationSet:
         if self.steps < 1:
             raise DiffpressError(f"calibration needs at least one step of each prompt, not {self.steps}")
 
-    def calls(self, timesteps: Sequence[float], horizon: float, seed: int) -> tuple[tuple[int, ...], ...]:
+    def calls(
+        self, timesteps: Sequence[float], horizon: float, seed: int, variants: Sequence[str] = ()
+    ) -> tuple[tuple[int, ...], ...]:
         """For each prompt the recorded calls, ascending indices into `timesteps`; `horizon` is T of the training.
 
-        Prompt i draws the same whichever prompts follow it.
+        `variants` names the graph that each call runs; empty, they all run the same. Prompt i draws the same whichever
+        prompts follow it.
         """
         count = len(timesteps)
         if self.method == "ndtc":
             draws = [random.Random(f"ndtc {seed} {index}") for index in range(len(self.prompts))]
             return tuple(tuple(normal_draws(timesteps, self.steps, horizon, draw)) for draw in draws)
         same = {
-            "uniform": lambda: uniform_stride(count, self.steps),
+            "uniform": lambda: shared_stride(variants or ("",) * count, self.steps),
             "every-step": lambda: range(count),
             "single": lambda: [count // 2],
         }[self.method]()
@@ -60,6 +65,21 @@ def uniform_stride(calls: int, count: int) -> list[int]:
     """`count` call indices at a uniform stride over a schedule (Li et al. 2023, Q-Diffusion), the first among them."""
     count = min(count, calls)
     return sorted({round(index * (calls - 1) / max(1, count - 1)) for index in range(count)})
+
+
+def shared_stride(variants: Sequence[str], count: int) -> list[int]:
+    """`count` call indices in equal shares of the graph variants that the calls run, each share at a uniform stride.
+
+    Every variant has at least one; what one with few calls leaves goes to the others.
+    """
+    calls: dict[str, list[int]] = {}
+    for index, variant in enumerate(variants):
+        calls.setdefault(variant, []).append(index)
+    chosen: list[int] = []
+    for left, own in zip(range(len(calls), 0, -1), sorted(calls.values(), key=len), strict=True):
+        share = max(1, (count - len(chosen)) // left)
+        chosen += [own[index] for index in uniform_stride(len(own), share)]
+    return sorted(chosen)
 
 
 def normal_draws(timesteps: Sequence[float], count: int, horizon: float, draw: random.Random) -> list[int]:

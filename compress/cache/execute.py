@@ -200,4 +200,4 @@ def execution(program: StepProgram, corrections: Corrections | None = None) -> E
     key = hashlib.sha256(json.dumps(program.to_json(), sort_keys=True).encode())
     for name, entry in ({} if corrections is None else corrections.features).items():
         key.update(name.encode() + entry.scale.tobytes() + entry.offset.tobytes())
-    return Execution(key.hexdigest(), watched)
+    return Execution(key.hexdigest(), watched, program.steps)
