@@ -66,7 +66,7 @@ FEW: dict[str, tuple[Any, ...]] = {
     "Budgeted, calls 1.7x faster": ({"cache-budget": {"speedup": 1.7}},),
 }
 # Cache and INT8 together, 50 steps: what each part of CacheQuant adds.
-INTERVALS = (2, 3)
+INTERVALS = (3, 5)
 ABLATION: dict[str, tuple[Any, ...]] = {
     "INT8": (INT8, "temporal-table"),
     **{

@@ -312,8 +312,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "unet_speed": unet_speed,
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
-PLOTS = {"steps.svg": steps_tables.plot}
-DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", *PLOTS)]
+PLOTS = {"steps.svg": steps_tables.plot, "caching.svg": caching_tables.plot}
+DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", *PLOTS)]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *DOCS, *RECIPES)
 
 

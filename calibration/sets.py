@@ -17,9 +17,9 @@ NDTC_MEAN = NDTC_DEVIATION = 0.4  # of the training horizon T, as in PTQ4DM's co
 class CalibrationSet:
     """Which prompts are run, and which of their calls are kept.
 
-    `uniform`: `steps` calls at a uniform stride (Li et al. 2023, Q-Diffusion, Section 3.2). Under a step program each
-    of its graph variants has an equal share of them, at a uniform stride over the calls that run it: one stride over
-    all calls can miss a variant that runs at regular intervals.
+    `uniform`: `steps` calls at a uniform stride (Li et al. 2023, Q-Diffusion, Section 3.2). Under a step program as
+    many of each of its graph variants, at a uniform stride over the calls that run it: one stride over all calls can
+    miss a variant that runs at regular intervals, and would show parts of the network that few steps run too little.
     `ndtc`: `steps` calls at normally distributed timesteps (Shang et al. 2023, PTQ4DM, Section 3.3). In the paper every
     draw is a fresh noise run down to its t; here each prompt has its own noise and its draws lie along one trajectory.
     `every-step`: all calls, whatever `steps` says (Huang et al. 2024, TFMQ-DM: the finite set of timesteps).
@@ -30,7 +30,7 @@ class CalibrationSet:
 
     prompts: tuple[str, ...]
     method: Method = "uniform"
-    steps: int = 10  # calls recorded of each prompt, at most as many as the schedule has
+    steps: int = 10  # calls recorded of each prompt, at most as many as the schedule has; see `uniform`
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -54,7 +54,7 @@ class CalibrationSet:
             draws = [random.Random(f"ndtc {seed} {index}") for index in range(len(self.prompts))]
             return tuple(tuple(normal_draws(timesteps, self.steps, horizon, draw)) for draw in draws)
         same = {
-            "uniform": lambda: shared_stride(variants or ("",) * count, self.steps),
+            "uniform": lambda: strides(variants or ("",) * count, self.steps),
             "every-step": lambda: range(count),
             "single": lambda: [count // 2],
         }[self.method]()
@@ -67,19 +67,12 @@ def uniform_stride(calls: int, count: int) -> list[int]:
     return sorted({round(index * (calls - 1) / max(1, count - 1)) for index in range(count)})
 
 
-def shared_stride(variants: Sequence[str], count: int) -> list[int]:
-    """`count` call indices in equal shares of the graph variants that the calls run, each share at a uniform stride.
-
-    Every variant has at least one; what one with few calls leaves goes to the others.
-    """
+def strides(variants: Sequence[str], count: int) -> list[int]:
+    """Of each graph variant `count` call indices at a uniform stride; `variants` names the one that each call runs."""
     calls: dict[str, list[int]] = {}
     for index, variant in enumerate(variants):
         calls.setdefault(variant, []).append(index)
-    chosen: list[int] = []
-    for left, own in zip(range(len(calls), 0, -1), sorted(calls.values(), key=len), strict=True):
-        share = max(1, (count - len(chosen)) // left)
-        chosen += [own[index] for index in uniform_stride(len(own), share)]
-    return sorted(chosen)
+    return sorted(own[index] for own in calls.values() for index in uniform_stride(len(own), count))
 
 
 def normal_draws(timesteps: Sequence[float], count: int, horizon: float, draw: random.Random) -> list[int]:

@@ -72,7 +72,7 @@ class CalibrationOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: Method = "uniform"
     prompts: Annotated[int, Field(ge=1)] = 16
-    steps: Annotated[int, Field(ge=1, description="calls recorded per prompt")] = 10
+    steps: Annotated[int, Field(ge=1, description="calls recorded per prompt, of each kind of step")] = 10
 
 
 class Recipe(BaseModel):

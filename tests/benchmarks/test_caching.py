@@ -140,10 +140,14 @@ def test_claims_follow_from_the_numbers(told: list[dict[str, Any]]) -> None:
     assert of("INT8 and a cache, interval 5, naive : + schedule : + correction") == parts
 
 
-def test_tables_have_a_line_for_every_row(told: list[dict[str, Any]]) -> None:
+def test_tables_have_a_line_for_every_row_and_the_short_one_for_every_method(told: list[dict[str, Any]]) -> None:
     few, every = caching_tables.caching().splitlines(), caching_tables.caching_all().splitlines()
+    short, long = ({line.split(" |")[0].removeprefix("| ") for line in lines} for lines in (few, every))
+    assert long >= {row["name"] for row in told}
+    # Of TaylorSeer the setting that is fast enough and errs less; no plain rows, and no peer that does not run.
+    left_out = {"TaylorSeer, interval 5", "plain, 12 steps", "plain, 20 steps", "diffusers FirstBlockCache"}
+    assert {row["name"] for row in told} - short == left_out
     for lines in (few, every):
-        assert {line.split(" |")[0].removeprefix("| ") for line in lines} >= {row["name"] for row in told}
         width = lines[0].count("|")
         assert all(line.count("|") == width for line in lines if line.startswith("|"))
     assert (
