@@ -82,6 +82,13 @@ ABLATION: dict[str, tuple[Any, ...]] = {
                 "temporal-table",
                 {"cache-correct": {"depth": 2}},
             ),
+            # The plain schedule, everything else the same.
+            "correction alone": (
+                {"cache": {"interval": interval}},
+                INT8,
+                "temporal-table",
+                {"cache-correct": {"depth": 2}},
+            ),
         }.items()
     },
 }
