@@ -28,7 +28,7 @@ from diffpress.plan import FULL, Plan, Sampling, StepProgram
 from diffpress.runtime import backends
 from diffpress.runtime.pipeline import Pipeline
 
-ROUNDS = 7
+ROUNDS = 5
 CHUNK = 6  # rows that are timed together: each of them is open, in every library
 ORT = "onnxruntime fp32"
 UNCACHED, EAGER = "uncached", "eager"  # beside the rows of a chunk
@@ -108,8 +108,11 @@ def _rows(place: Place, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str
     }
     full = bundles.read(place.store / file_name(entries[0]["full"]))
     own = own_schedule(full.manifest)
+    wanted = {ORT, *(entry["backend"] for entry in entries)}
     for backend, precision in backends.available():
         pair = f"{backend} {precision}"
+        if pair not in wanted:
+            continue
         opened: dict[str, Candidate] = {UNCACHED: Pipeline.load(full, backend, precision)}
         for entry in entries:
             try:
