@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import signal
 import sys
@@ -21,7 +20,7 @@ from diffpress.bundle import Bundle
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.errors import DiffpressError
-from diffpress.export import engines, graphs, qdq, store, turing
+from diffpress.export import builder, engines, graphs, library, qdq, store, turing
 from diffpress.export.deploy import deployable
 from diffpress.plan import LayerQuant
 
@@ -110,7 +109,7 @@ def test_building_again_replaces_a_target_whole_and_keeps_the_others(handmade: B
 
 
 @needs_library
-@pytest.mark.parametrize("target", ["sm90", "sm", "ada", "SM89", "current", "none", ""])
+@pytest.mark.parametrize("target", ["sm90", "sm87", "jetson-orin", "sm", "ada", "current", "none", ""])
 def test_an_unknown_target_is_refused_before_any_work(
     handmade: Bundle, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +262,7 @@ def test_a_build_that_stops_halfway_leaves_the_bundle_as_it_was(
     handmade: Bundle, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = engines.build(handmade, ["sm89"], progress=False)
-    before, real, calls = state(opened.path), engines._interruptible, []
+    before, real, calls = state(opened.path), builder.serialize, []
 
     def third(*arguments: Any) -> Any:
         calls.append(1)
@@ -271,7 +270,7 @@ def test_a_build_that_stops_halfway_leaves_the_bundle_as_it_was(
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(engines, "_interruptible", third)
+    monkeypatch.setattr(builder, "serialize", third)
     with pytest.raises(type(error)):
         engines.build(opened, ["sm89", "sm120"], progress=False)
     assert state(opened.path) == before
@@ -318,15 +317,15 @@ def test_ctrl_c_stops_the_builder_at_its_next_step(request: pytest.FixtureReques
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
     timer.start()
-    builder, config = Slow(), SimpleNamespace()
-    with open(os.devnull, "w") as nowhere, pytest.raises(KeyboardInterrupt):
-        engines._interruptible(tensorrt_rtx, builder, None, config, engines.tqdm(file=nowhere, disable=True))
-    assert config.progress_monitor.stopped and 0 < builder.asked < 500
-    assert not config.progress_monitor.bars
+    slow, config, ticks = Slow(), SimpleNamespace(), list[float]()
+    with pytest.raises(KeyboardInterrupt):
+        builder.serialize(tensorrt_rtx, slow, None, config, ticks.append)
+    assert config.progress_monitor.stopped and 0 < slow.asked < 500
+    assert ticks == sorted(ticks) and 0 < ticks[-1] < 1 and not config.progress_monitor.phases.keys() & {"building"}
 
 
 def test_without_a_library_the_extra_is_named(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in engines.LIBRARIES:
+    for name in library.LIBRARIES:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DiffpressError, match=r"pip install 'diffpress\[tensorrt-rtx\]'"):
         engines.build(handmade, ["sm89"])
@@ -336,6 +335,7 @@ def test_the_full_library_builds_for_the_gpu_that_is_there(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))  # it knows no other targets
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(library, "_by_driver", lambda: [])
     with pytest.raises(DiffpressError, match="tensorrt cannot build for target 'sm89'; supported: none"):
         engines.check_targets(["sm89"])
     tool = tmp_path / "nvidia-smi"
