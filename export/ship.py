@@ -190,7 +190,7 @@ def _models(
     progress: Progress,
     refused: dict[str, list[lint.Finding]] | None = None,
 ) -> dict[str, ir.Model]:
-    """The graphs of the variants by file, quantized; `refused` takes what TensorRT would say, by their layers' names."""
+    """The graphs of the variants by file, quantized; `refused` takes what TensorRT would say of each."""
     models = {}
     for name, spec in progress(specs.items(), "exporting the denoiser"):
         models[file_of(name)] = graphs.to_onnx(spec)

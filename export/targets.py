@@ -4,8 +4,8 @@ Sources of the table:
   compute capabilities       https://developer.nvidia.com/cuda-gpus
   types                      support matrices of TensorRT and of TensorRT for RTX, "Hardware and Precision": bf16 from
                              Ampere, fp8 from Ada and Hopper (not Orin), fp4 from Blackwell; "Working with Quantized
-                             Types": fp8 needs 8.9, fp4 needs 10.0. int4 weights: TensorRT for RTX 1.7 refuses them below
-                             8.0 (built here), as its matrix says.
+                             Types": fp8 needs 8.9, fp4 needs 10.0. int4 weights: TensorRT for RTX 1.7 refuses them
+                             below 8.0 (built here), as its matrix says.
   int8 on Turing             whole products of int8 build here; weights alone do not gain (the matrix: no int8 WoQ GEMM)
   2:4 sparsity               Ampere and newer: NVIDIA A100 whitepaper, "Structured sparsity"; Mishra et al. 2021
                              (arXiv 2104.08378). Turing's tensor cores have none.
