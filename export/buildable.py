@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.export import lint, memory
+from diffpress.export import lint, liveness, memory
 from diffpress.export.builder import Batch
-from diffpress.export.memory import Need
+from diffpress.export.prepared import Graph, Prepared
 from diffpress.export.sparsity import sparse_layers
 from diffpress.plan import EARLIER, FULL, StepProgram
 
@@ -21,22 +20,6 @@ TEXT, DECODER = "text_encoder", "vae_decoder"  # the components beside the denoi
 NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 NAMES |= {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT4: "int4"}
 NAMES |= {ir.DataType.FLOAT4E2M1: "fp4"}
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A graph of the bundle, what its engine is called and what its sidecar says about it."""
-
-    name: str  # the denoiser's variant, or the component
-    file: str  # relative to the bundle
-    denoiser: bool
-    batches: tuple[Batch, ...]  # min, opt, max rows of each optimization profile
-    precision: str
-    types: frozenset[str]  # that it computes with or stores, of `NAMES`
-    digests: Mapping[str, str]  # file -> sha256, of the graph and its external data
-    need: Need
-    sparse: tuple[str, ...]  # nodes with 2:4 weights
-    warnings: tuple[str, ...]  # what TensorRT takes without gaining from it
 
 
 def graphs(bundle: Bundle, images: Sequence[int] = (1,)) -> list[Graph]:
@@ -64,12 +47,18 @@ def graphs(bundle: Bundle, images: Sequence[int] = (1,)) -> list[Graph]:
                 precision(model),
                 types(model),
                 {part: listed[part] for part in parts},
-                memory.need(model, rows[-1][2]),
+                liveness.need(model, rows[-1][2]),
                 tuple(sparse_layers(model)),
                 warnings,
             )
         )
     return found
+
+
+def prepare(bundle: Bundle, images: Sequence[int] = (1,)) -> Prepared:
+    """Everything that building engines has to know of the bundle's graphs; raises as `graphs` does."""
+    found = graphs(bundle, images)
+    return Prepared(tuple(found), feature_bytes(bundle, found))
 
 
 def program_of(bundle: Bundle) -> StepProgram:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.bundle import Bundle, load, update
-from diffpress.export import buildable, builder, library, memory, sidecar, targets
-from diffpress.export.buildable import Graph
+from diffpress.errors import DiffpressError
+from diffpress.export import builder, library, memory, sidecar, targets
 from diffpress.export.builder import Builder, Job, Options
 from diffpress.export.memory import MemoryPlan
+from diffpress.export.prepared import Graph, Prepared
 from diffpress.export.progress import LEAST, Progress
 from diffpress.export.targets import Target
 
@@ -47,14 +48,38 @@ def build(
     TensorRT cannot take; and for one that the library refuses, naming the node.
     """
     check_targets(asked)
+    from diffpress.export import buildable  # reads ONNX, which a target that has `prepared` graphs need not
+
     buildable.check_images(images)
     bundle = load(bundle.path)  # its digests go into the sidecars, so they must be true
     buildable.check_resolution(bundle, resolution)
-    graphs = buildable.graphs(bundle, images)
-    chosen = _preflight(bundle, graphs, asked)
-    plans = [_plan(bundle, graphs, target, memory_gb) for target in chosen]
-    for plan in plans if report is not None else ():
-        report(plan)
+    prepared = buildable.prepare(bundle, images)
+    return build_prepared(bundle, prepared, asked, progress, memory_gb=memory_gb, report=report)
+
+
+def build_prepared(
+    bundle: Bundle,
+    prepared: Prepared,
+    asked: Sequence[str],
+    progress: bool = True,
+    *,
+    memory_gb: float | None = None,
+    report: Report | None = None,
+) -> Bundle:
+    """The same from graphs that were looked at before, which needs the library alone and no ONNX.
+
+    `prepared` is what `buildable.prepare` found of this bundle. Raises `DiffpressError` as `build` does, and where the
+    bundle's graphs are others.
+    """
+    chosen = _preflight(bundle, prepared.graphs, asked)
+    for graph in prepared.graphs:
+        if changed := [name for name, digest in graph.digests.items() if bundle.manifest["files"].get(name) != digest]:
+            raise DiffpressError(f"{bundle.path}: {changed[0]} is another one than was packed: pack the bundle again")
+    graphs, needs = prepared.graphs, {graph.name: graph.need for graph in prepared.graphs}
+    plans = [memory.plan(target, needs, prepared.features, memory_gb) for target in chosen]
+    if report is not None:
+        for plan in plans:
+            report(plan)
     names = [target.name for target in chosen]
     prefix = f".{bundle.path.name}."
     staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=".engines", dir=bundle.path.resolve().parent))
@@ -86,11 +111,6 @@ def _preflight(bundle: Bundle, graphs: Sequence[Graph], asked: Sequence[str]) ->
     for graph in graphs:
         check_targets(asked, graph.types, str(bundle.file(graph.file)))
     return check_targets(asked, frozenset().union(*(graph.types for graph in graphs)), str(bundle.path))
-
-
-def _plan(bundle: Bundle, graphs: Sequence[Graph], target: Target, memory_gb: float | None) -> MemoryPlan:
-    features = buildable.feature_bytes(bundle, graphs)
-    return memory.plan(target, {graph.name: graph.need for graph in graphs}, features, memory_gb)
 
 
 def _cost(graph: Graph) -> int:

@@ -64,7 +64,7 @@ def _by_driver() -> list[str]:
     count, major, minor, device = (ctypes.c_int() for _ in range(4))
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
         return []
-    found = {}
+    found: dict[str, None] = {}
     for index in range(count.value):
         cuda.cuDeviceGet(ctypes.byref(device), index)
         cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR

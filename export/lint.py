@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from diffpress.errors import DiffpressError
-from diffpress.export.graphs import module_path
+from diffpress.export.scopes import module_path
 
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 TYPES = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN, ir.DataType.INT4, ir.DataType.FLOAT4E2M1)
@@ -149,7 +149,8 @@ def _channels(node: ir.Node, rank: int) -> int:
         return 0
     if node.op_type == "ConvTranspose":
         return 1
-    return 0 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else rank - 1
+    transposed = node.attributes.get_int("transB", 0)
+    return 0 if node.op_type == "Gemm" and transposed else rank - 1
 
 
 def _dequantized(value: ir.Value | None) -> ir.Node | None:
@@ -180,13 +181,16 @@ def _kind(node: ir.Node) -> ir.DataType | None:
             if maker.op_type == "QuantizeLinear":
                 return _kind(maker)
             source = maker.inputs[0] if maker.op_type in CARRIERS else None
-        return None if source is None else source.dtype or (source.const_value and source.const_value.dtype)
+        return None if source is None else _dtype(source)
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     if zero is not None:
-        tensor = zero.const_value
-        return zero.dtype if tensor is None else tensor.dtype
+        return _dtype(zero)
     stated = node.attributes.get_int("output_dtype", 0)
     return ir.DataType(stated) if stated else node.outputs[0].dtype or ir.DataType.UINT8  # ONNX's default
+
+
+def _dtype(value: ir.Value) -> ir.DataType | None:
+    return value.dtype if value.const_value is None else value.const_value.dtype
 
 
 def _constant(value: ir.Value | None) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 
 import diffpress
 from diffpress.export import library, targets
-from diffpress.export.buildable import Graph
 from diffpress.export.builder import Built, envelope
 from diffpress.export.memory import Need
+from diffpress.export.prepared import Graph
 from diffpress.export.targets import Target
 
 FORMAT = 1  # of the sidecar; a reader refuses a newer one

@@ -18,8 +18,11 @@ def is_two_four(weight: np.ndarray, axis: int = 1) -> bool:
     moved = np.moveaxis(weight, axis, -1)
     if moved.shape[-1] % 4 or not moved.size:
         return False
-    rows = moved.reshape(-1, moved.shape[-1] // 4, 4)
-    return all(bool(((part != 0).sum(-1) <= 2).all()) for part in (rows[:FIRST], rows))
+    for start, end in ((0, FIRST), (FIRST, len(moved))):
+        fours = moved[start:end].reshape(-1, 4)
+        if ((fours != 0).sum(-1) > 2).any():
+            return False
+    return True
 
 
 def sparse_layers(model: ir.Model) -> list[str]:

@@ -53,7 +53,7 @@ GENERATIONS: dict[str, Generation] = {
 }
 
 # Generation to its GPUs and their memory in GB; of one with several sizes the smallest.
-_CARDS: dict[str, dict[str, float]] = {
+_CARDS: dict[str, dict[str, int]] = {
     "sm75": {"t4": 16, "titan-rtx": 24, "rtx-2060": 6, "rtx-2070": 8, "rtx-2080": 8, "rtx-2080-ti": 11}
     | {"quadro-rtx-4000": 8, "quadro-rtx-5000": 16, "quadro-rtx-6000": 24, "quadro-rtx-8000": 48},
     "sm80": {"a100": 40, "a30": 24},

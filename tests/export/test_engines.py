@@ -1,6 +1,8 @@
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +25,8 @@ from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.errors import DiffpressError
 from diffpress.export import buildable, builder, engines, graphs, library, qdq, store, turing
 from diffpress.export.deploy import deployable
-from diffpress.export.memory import MemoryPlan
+from diffpress.export.memory import GB, USABLE, MemoryPlan
+from diffpress.export.prepared import Prepared
 from diffpress.plan import LayerQuant
 
 try:
@@ -137,12 +140,16 @@ def test_a_profile_is_made_for_each_number_of_images(handmade: Bundle) -> None:
 
 @needs_library
 def test_weights_are_streamed_where_the_card_is_too_small(handmade: Bundle) -> None:
-    made = engines.build(handmade, ["sm89"], progress=False, memory_gb=2e-4)
+    graphs = buildable.graphs(handmade)
+    total = sum(graph.need.weights / 2 + graph.need.activations for graph in graphs)  # half the weights have room
+    size = (total + buildable.feature_bytes(handmade, graphs)) / USABLE / GB
+    made = engines.build(handmade, ["sm89"], progress=False, memory_gb=size)
     sidecars = [json.loads(file.read_text()) for file in made.path.glob("engines/sm89/*.json")]
     assert all(sidecar["flags"] == ["WEIGHT_STREAMING"] for sidecar in sidecars)
     for sidecar in sidecars:
         assert sidecar["weight_streaming"]["enabled"]
-        assert 0 <= sidecar["weight_streaming"]["budget_bytes"] < sidecar["memory"]["weights"]
+        budget = sidecar["weight_streaming"]["budget_bytes"]
+        assert budget == pytest.approx(sidecar["memory"]["weights"] / 2, abs=2)
     assert made.manifest["memory"]["sm89"]["weight_streaming"]
 
 
@@ -422,6 +429,43 @@ def test_ctrl_c_stops_the_builder_at_its_next_step(request: pytest.FixtureReques
         builder.serialize(tensorrt_rtx, slow, None, config, ticks.append)
     assert config.progress_monitor.stopped and 0 < slow.asked < 500
     assert ticks == sorted(ticks) and 0 < ticks[-1] < 1 and not config.progress_monitor.phases.keys() & {"building"}
+
+
+@needs_library
+def test_what_was_prepared_is_built_without_onnx_or_torch(handmade: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "prepared.json").write_text(json.dumps(buildable.prepare(handmade).to_json()))
+    script = (
+        "import json, sys\n"
+        "sys.modules.update(dict.fromkeys(('onnx', 'onnx_ir', 'torch', 'onnxscript', 'diffusers')))\n"
+        "from pathlib import Path\n"
+        "from diffpress import bundle\n"
+        "from diffpress.export import engines\n"
+        "from diffpress.export.prepared import Prepared\n"
+        "prepared = Prepared.from_json(json.loads(Path(sys.argv[2]).read_text()))\n"
+        "engines.build_prepared(bundle.load(sys.argv[1]), prepared, ['sm89'], progress=False)\n"
+    )
+    words = [sys.executable, "-c", script, str(handmade.path), str(tmp_path / "prepared.json")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    alone = json.loads(handmade.file("engines/sm89/full.json").read_text())
+    here = engines.build(bundle.load(handmade.path), ["sm89"], progress=False)
+    both = [alone, json.loads(here.file("engines/sm89/full.json").read_text())]
+    assert len({json.dumps({**sidecar, "seconds": 0}, sort_keys=True) for sidecar in both}) == 1
+
+
+@needs_library
+def test_prepared_graphs_are_those_of_their_bundle_alone(handmade: Bundle) -> None:
+    prepared = buildable.prepare(handmade)
+    assert Prepared.from_json(json.loads(json.dumps(prepared.to_json()))) == prepared
+    document = prepared.to_json()
+    document["graphs"][0]["digests"]["unet/model.onnx"] = "0" * 64
+    with pytest.raises(DiffpressError, match=r"unet/model.onnx is another one than was packed"):
+        engines.build_prepared(handmade, Prepared.from_json(document), ["sm89"], progress=False)
+    del document["graphs"][0]["batches"]
+    for wrong in (document, {}, {"graphs": [[]], "features": 0}):
+        with pytest.raises(DiffpressError, match="pack the bundle again"):
+            Prepared.from_json(wrong)
 
 
 def test_without_a_library_the_extra_is_named(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

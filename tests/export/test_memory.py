@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from diffpress.bundle import Bundle
-from diffpress.export import buildable, memory
+from diffpress.export import buildable, liveness, memory
 from diffpress.export.memory import GB, Need
 from diffpress.export.targets import Target
 
@@ -24,12 +24,12 @@ def parsed(text: str, **arrays: np.ndarray) -> ir.Model:
 def test_a_chain_holds_two_tensors_at_a_time() -> None:
     model = parsed("g (float[batch, 100] x) => (float[batch, 100] d) { a = Exp(x) b = Exp(a) c = Exp(b) d = Exp(c) }")
     one = 3 * 400  # the input, which the caller keeps, what is read and what is written
-    assert memory.peak(model, 1) == one and memory.peak(model, 8) == 8 * one
+    assert liveness.peak(model, 1) == one and liveness.peak(model, 8) == 8 * one
 
 
 def test_a_skip_is_alive_until_it_is_read() -> None:
     text = "g (float[1, 100] x) => (float[1, 100] d) { a = Exp(x) b = Exp(a) c = Exp(b) d = Add(c, a) }"
-    assert memory.peak(parsed(text), 1) == 4 * 400  # x, a, and two of b, c, d
+    assert liveness.peak(parsed(text), 1) == 4 * 400  # x, a, and two of b, c, d
 
 
 def test_views_decoded_weights_and_folded_constants_take_nothing() -> None:
@@ -41,7 +41,7 @@ def test_views_decoded_weights_and_folded_constants_take_nothing() -> None:
         y = MatMul(again, weight)
     }"""
     arrays = {"shape": np.array([-1, 100]), "stored": np.ones((100, 10), np.int8), "scale": np.array(0.1, np.float32)}
-    found = memory.need(parsed(text, **arrays), 2)
+    found = liveness.need(parsed(text, **arrays), 2)
     assert found == Need(weights=2 * 8 + 1000 + 4, activations=2 * (400 + 40))
 
 
@@ -53,7 +53,7 @@ def test_rounded_inputs_are_held_in_their_eight_bits() -> None:
         y = Neg(e)
     }"""
     arrays = {"scale": np.array(0.1, np.float32), "zero": np.array(0, np.int8)}
-    assert memory.peak(parsed(text, **arrays), 1) == 4000 + 8000  # x, e and y; while q lives it is x, q and e: less
+    assert liveness.peak(parsed(text, **arrays), 1) == 4000 + 8000  # x, e and y; while q lives it is x, q and e: less
 
 
 def test_the_batch_reaches_what_the_exporter_left_unnamed() -> None:
@@ -68,7 +68,7 @@ def test_the_batch_reaches_what_the_exporter_left_unnamed() -> None:
     }"""
     arrays = {"zero": np.array(0), "axis": np.array([0]), "width": np.array([40])}
     small = 24 + 8 + 8 + 16  # integers of the shape, some of which live on
-    assert 3 * 3 * 160 <= memory.peak(parsed(text, **arrays), 3) <= 3 * 3 * 160 + small
+    assert 3 * 3 * 160 <= liveness.peak(parsed(text, **arrays), 3) <= 3 * 3 * 160 + small
 
 
 def test_features_are_kept_once_or_with_their_earlier_value() -> None:
