@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,15 +95,6 @@ def to_onnx(spec: GraphSpec) -> ir.Model:
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape = ir.Shape(["batch", *value.shape[1:]])
     return model
-
-
-def module_path(node: ir.Node) -> str:
-    """The path of the module whose forward made `node`, as the exporter noted it; empty if it did not."""
-    import ast
-
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-    parts: Sequence[str] = ast.literal_eval(scopes) if scopes else ()
-    return parts[-2] if len(parts) > 1 else ""
 
 
 def finish(model: ir.Model) -> None:

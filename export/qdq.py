@@ -23,7 +23,7 @@ import torch
 
 from diffpress.compress.numerics.formats import get, quantize
 from diffpress.errors import DiffpressError
-from diffpress.export.graphs import module_path
+from diffpress.export.scopes import module_path
 from diffpress.plan import LayerQuant
 
 TYPES = {

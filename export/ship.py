@@ -18,7 +18,7 @@ import diffpress
 from diffpress.bundle import DIALECT, denoiser_bytes
 from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes
 from diffpress.compress.numerics.simulate import simulated
-from diffpress.export import components, dialect, graphs, layers, parity, qdq, store
+from diffpress.export import components, dialect, graphs, layers, lint, parity, qdq, store
 from diffpress.export.deploy import deployable, settled
 from diffpress.export.graphs import GraphSpec
 from diffpress.plan import EARLIER, FULL, LayerQuant, Plan, Sampling
@@ -121,10 +121,11 @@ def ship(
     denoiser, vae = pipeline.unet, pipeline.vae
     latent, text = _sizes(pipeline, sampling)
     checks: dict[str, Any] = {}
+    refused: dict[str, list[lint.Finding]] = {}  # by graph, what TensorRT cannot take or does not fuse
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
         specs = denoiser_specs(denoiser, plan, latent, text)
-        models = _models(specs, shipped, sampling, progress)
+        models = _models(specs, shipped, sampling, progress, refused)
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
         store.save({**models, **dialects}, folder / "unet")
@@ -138,6 +139,7 @@ def ship(
         components.specs(pipeline, sampling.height, sampling.width).items(), "exporting the rest"
     ):
         model = graphs.to_onnx(spec)
+        refused[f"{name}/model.onnx"] = lint.findings(model)
         graphs.finish(model)
         store.save({"model.onnx": model}, folder / name)
         checks[f"{name}/model.onnx"] = _checked(folder / name / "model.onnx", spec)
@@ -168,6 +170,7 @@ def ship(
         },
         "text": {"hidden": text[1], "tokens": text[0]},
         "parity": checks,
+        "lint": {graph: [finding.to_json() for finding in found] for graph, found in refused.items() if found},
         **entries,
         "sizes": {**entries.get("sizes", {}), "denoiser_compressed": denoiser_bytes(folder)},
     }
@@ -181,14 +184,20 @@ def _sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tup
 
 
 def _models(
-    specs: Mapping[str, GraphSpec], shipped: Mapping[str, LayerQuant], sampling: Sampling, progress: Progress
+    specs: Mapping[str, GraphSpec],
+    shipped: Mapping[str, LayerQuant],
+    sampling: Sampling,
+    progress: Progress,
+    refused: dict[str, list[lint.Finding]] | None = None,
 ) -> dict[str, ir.Model]:
-    """The graphs of the variants by file, quantized."""
+    """The graphs of the variants by file, quantized; `refused` takes what TensorRT would say of each."""
     models = {}
     for name, spec in progress(specs.items(), "exporting the denoiser"):
         models[file_of(name)] = graphs.to_onnx(spec)
-    for model in models.values():
+    for file, model in models.items():
         qdq.insert(model, shipped, sampling.timesteps)
+        if refused is not None:
+            refused[f"unet/{file}"] = lint.findings(model)  # while nodes know the module they came from
         graphs.finish(model)
     return models
 

@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from diffpress import bundle, cli
+from diffpress import api, bundle, cli
 from diffpress.bundle import Bundle
-from diffpress.plan import MadeFor, Plan
+from diffpress.errors import DiffpressError
+from diffpress.plan import LayerQuant, MadeFor, Plan
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -97,6 +99,59 @@ def test_an_unknown_target_is_refused_before_work_starts(tmp_path: Path, handmad
     assert "sm75, sm80, sm86, sm89, sm120" in refused(capsys, *words)
     assert "sm75, sm80, sm86, sm89, sm120" in refused(capsys, "build", handmade.path, "--target", "sm99")
     assert list(tmp_path.iterdir()) == [handmade.path]
+
+
+@pytest.mark.parametrize(
+    ("format", "target", "message"),
+    [
+        (
+            "int4",
+            "rtx-2080",
+            "needs int4, which sm75 does not have: build for sm80 or newer, or compress with format int8",
+        ),
+        ("fp8", "a100", "needs fp8, which sm80 does not have: build for sm89 or newer, or compress with format int8"),
+        ("int8", "jetson-orin", "pack BUNDLE --target sm87"),
+    ],
+)
+def test_a_format_that_a_target_lacks_is_refused_before_calibration(
+    format: str, target: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"passes:\n  - quantize: {{format: {format}}}\n")
+    monkeypatch.setattr("diffpress.api.begin", lambda *_, **__: pytest.fail("work was started"))
+    words = (
+        "compress",
+        "shapes",
+        "--recipe",
+        recipe,
+        "--output",
+        tmp_path / "b",
+        "--target",
+        "sm89",
+        "--target",
+        target,
+    )
+    assert message in refused(capsys, *words)
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_a_format_that_a_pass_chose_is_refused_before_the_export(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("passes:\n  - quantize: {format: int8}\n")
+
+    def choose(passes: object, work: Any) -> list[object]:
+        work.quantization["conv"] = LayerQuant(np.ones((2, 1), np.float32), None, "int4", None)
+        return []
+
+    monkeypatch.setattr("diffpress.compress.run.run", choose)
+    monkeypatch.setattr("diffpress.export.ship.ship", lambda *_, **__: pytest.fail("it was exported"))
+    with pytest.raises(DiffpressError, match="what recipe mine chose needs int4, which sm75 does not have"):
+        api.compress(str(tiny_pipeline), str(recipe), tmp_path / "b", steps=2, targets=["sm75"], quiet=True)
+    assert list(tmp_path.iterdir()) == [recipe]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,7 +139,30 @@ def test_build_lists_what_it_made(handmade: Bundle, capsys: pytest.CaptureFixtur
     assert capsys.readouterr() == ("", "")
     assert cli.main(["build", str(handmade.path), "--target", "sm120"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all("sm120" in line for line in lines) and "int8+fp32" in lines[0]
+    assert len(lines) == 5 and all("sm120" in line for line in lines) and "int8+fp32" in lines[1]
+    assert re.fullmatch(r"sm120: weights .* \+ activations .* \+ features .* = .* of 7.20 GB, fits", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "2,1"], "'2,1' must grow from 1 or more"),
+        (["--batch", "1,two"], "'1,two' is not a list of whole numbers"),
+        (["--batch", "0"], "must grow from 1"),
+        (["--resolution", "512"], "'512' is not a size such as 512x512"),
+        (["--resolution", "64x64"], "made for 32x32 pixels and no others"),
+        (["--memory", "0"], "0 is not above 0"),
+        (["--memory", "much"], "'much' is not a number"),
+        (["--target", "jetson-orin"], "diffpress pack BUNDLE --target sm87"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_one_line(
+    handmade: Bundle, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert cli.main(["build", str(handmade.path), "--target", "sm89", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not handmade.file("engines").exists()
 
 
 def test_inspect_shows_text_and_data(handmade: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

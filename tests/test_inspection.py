@@ -53,9 +53,11 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
             "frechet": {"reference": None},
         },
     }
-    opened = bundle.update(
-        handmade, engines=[engine], measured=measured, default_backend={"name": "openvino", "precision": "bf16"}
-    )
+    default = {"name": "openvino", "precision": "bf16"}
+    planned = {"sm89": {"total": 9_000_000_000, "available": 7_200_000_000, "weight_streaming": True}}
+    rows = [{"fatal": False, "text": "node 'a'"}, {"fatal": True, "text": "node 'b' (QuantizeLinear): not so"}]
+    changes = {"engines": [engine], "memory": planned, "lint": {"unet/model.onnx": rows, "unet/cached.onnx": rows[:1]}}
+    opened = bundle.update(handmade, measured=measured, default_backend=default, **changes)
     text = inspection.as_text(inspection.inspect(opened.path))
     for part in (
         "by hand (StableDiffusionPipeline",
@@ -76,11 +78,14 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
         "frechet              not measured",
         "openvino bf16",
         "engines/sm89/full.engine, int8+fp32, 1.5 MB",
+        "memory        sm89: 9.00 GB of 7.20 GB planned, weights streamed",
+        "no engine     unet/model.onnx: node 'b' (QuantizeLinear): not so",
         "unet/model.onnx: 1.0e-06 from torch (at most 1e-03)",
         "OK  unet/cached.onnx",
         f"all {len(opened.manifest['files'])} files are whole",
     ):
         assert part in text, part
+    assert "node 'a'" not in text
     assert all(line == line.rstrip() and len(line) <= 150 for line in text.splitlines())
 
 

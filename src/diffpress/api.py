@@ -68,8 +68,7 @@ def compress(
     if targets:
         from diffpress.export import engines
 
-        engines.check_targets(targets)
-        engines.check_types(_types(chosen), targets, f"recipe {chosen.name}")
+        engines.check_targets(targets, _types(chosen), f"recipe {chosen.name}")
     work = begin(model, chosen, prompts=given, steps=steps, seed=seed, quiet=quiet)
     parameters = sum(parameter.numel() for parameter in work.denoiser.parameters())
     own, scratch = ship.schedule(work.sampling, work.pipeline.scheduler), work.scratch  # a pass may set another one
@@ -80,6 +79,8 @@ def compress(
         return bundles.read(output)
     with bundles.create(output) as folder:
         results = run(chosen.built(), work)
+        if targets:  # what passes chose by themselves is known now, before the export
+            engines.check_targets(targets, _planned_types(work), f"what recipe {chosen.name} chose")
         entries = {
             "model": {
                 "source": model if models.is_shapes(model) else str(Path(model).name),
@@ -159,11 +160,22 @@ def begin(
     return work
 
 
-def build(path: str | Path, targets: Sequence[str], *, quiet: bool = False) -> Bundle:
-    """Build TensorRT engines of a bundle for `targets` such as "sm89"; no GPU is needed with TensorRT for RTX."""
+def build(
+    path: str | Path,
+    targets: Sequence[str],
+    *,
+    quiet: bool = False,
+    images: Sequence[int] = (1,),
+    memory_gb: float | None = None,
+) -> Bundle:
+    """Build TensorRT engines of a bundle for `targets` such as "sm89", "rtx-4090", "all".
+
+    `images` are the numbers of images at once that they are made for, `memory_gb` the memory of the GPU where it is not
+    that of the smallest that was asked for. No GPU is needed with TensorRT for RTX.
+    """
     from diffpress.export import engines
 
-    return engines.build(bundles.load(path), targets, progress=not quiet)
+    return engines.build(bundles.load(path), targets, progress=not quiet, images=images, memory_gb=memory_gb)
 
 
 def _types(recipe: Recipe) -> set[str]:
@@ -177,6 +189,14 @@ def _types(recipe: Recipe) -> set[str]:
         named |= FORMATS.keys() & {*fields, *getattr(step, "override", {}).values()}
     pairs = [FORMATS[name] for name in named]
     return {kind for weight, inputs in pairs for kind in deploy.types(typical(weight), inputs and typical(inputs))}
+
+
+def _planned_types(work: Work) -> set[str]:
+    """What GPUs must have for the formats that passes gave to layers."""
+    from diffpress.export import deploy
+
+    layers = work.quantization.values()
+    return {kind for layer in layers for kind in deploy.types(layer.weight_format, layer.input_format)}
 
 
 def _default_prompts(model: str, count: int) -> list[str]:

@@ -25,7 +25,9 @@ cache, balanced, or a YAML file of your own. With --target sm89 the engines for 
     "build": (
         "build a bundle's TensorRT engines, without a GPU",
         """  diffpress build sd15/ --target sm89 --target sm120
-writes sd15/engines/sm89/ (GeForce RTX 40) and sd15/engines/sm120/ (RTX 50); sm86 is RTX 30.
+writes sd15/engines/sm89/ (GeForce RTX 40) and sd15/engines/sm120/ (RTX 50). GPUs go by name as well: rtx-4090,
+jetson-orin, dgx-spark; 'all' is every target that has the bundle's formats. What the engines need of a GPU's memory is
+printed first. With --batch 1,2,4 they take one, two or four images at once, each at its best.
 Needs pip install 'diffpress[tensorrt-rtx]'.""",
     ),
     "run": (
@@ -90,11 +92,14 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line (default: built in)")
     add("--steps", type=_whole(1), metavar="N", help="steps of the model's own scheduler (default: the recipe's)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the calibration images (default: 0)")
-    add("--target", action="append", default=[], metavar="smXX", help="build engines for it, too; may be repeated")
+    add("--target", action="append", default=[], metavar="GPU", help="build engines for it, too; may be repeated")
 
     add = made["build"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
-    add("--target", action="append", required=True, metavar="smXX", help="a family of GPUs; may be repeated")
+    add("--target", action="append", required=True, metavar="GPU", help="smXX, a name, or 'all'; may be repeated")
+    add("--batch", type=_grown, default=(1,), metavar="N,N,...", help="images at once, growing (default: 1)")
+    add("--resolution", type=_pixels, metavar="WxH", help="in pixels; graphs are made for one (default: that)")
+    add("--memory", type=_positive, metavar="GB", help="of the GPU (default: of the smallest that was asked for)")
 
     add = made["run"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
@@ -122,6 +127,36 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = made["demo"].add_argument
     add("--output", type=Path, metavar="DIR", help="default: ./diffpress-demo, or the next number that is free")
     return top
+
+
+def _grown(text: str) -> tuple[int, ...]:
+    """An argument type: whole numbers with commas between, each larger than the one before."""
+    try:
+        values = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 1,2,4") from None
+    if values[0] < 1 or list(values) != sorted(set(values)):
+        raise argparse.ArgumentTypeError(f"'{text}' must grow from 1 or more, as 1,2,4 does")
+    return values
+
+
+def _pixels(text: str) -> tuple[int, int]:
+    """An argument type: "512x768", as (height, width) = (768, 512)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 512x512")
+    return int(height), int(width)
+
+
+def _positive(text: str) -> float:
+    """An argument type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def _whole(minimum: int) -> Callable[[str], int]:

@@ -17,8 +17,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffpress import arguments, bundle, errors
+
+if TYPE_CHECKING:
+    from diffpress.export.memory import MemoryPlan
 
 # Whose absence is not a bug but an extra that was not installed: imported name -> extra.
 EXTRAS = {
@@ -155,7 +159,7 @@ def _compress(options: argparse.Namespace) -> None:
         return
     from diffpress import inspection
 
-    for line in inspection.pass_lines(made.manifest):
+    for line in (*inspection.pass_lines(made.manifest), *inspection.refused_lines(made.manifest)):
         print(line)
     place, model = shlex.quote(str(options.output)), shlex.quote(options.model)
     print(f"\n{made.path}: {inspection.size_line(made)}\nnext:")
@@ -168,9 +172,24 @@ def _build(options: argparse.Namespace) -> None:
     opened = bundle.read(options.bundle)
     from diffpress.export import engines
 
-    built = engines.build(opened, options.target, progress=not options.quiet)
+    planned: list[str] = []
+
+    def report(plan: MemoryPlan) -> None:
+        planned.append(plan.target)
+        if not options.quiet:
+            print(plan.line(), flush=True)
+
+    built = engines.build(
+        opened,
+        options.target,
+        progress=not options.quiet,
+        images=options.batch,
+        resolution=options.resolution,
+        memory_gb=options.memory,
+        report=report,
+    )
     for entry in built.manifest["engines"]:
-        if entry["target"] in options.target and not options.quiet:
+        if entry["target"] in planned and not options.quiet:
             size = f"{entry['bytes'] / 1e6:.1f} MB"
             print(f"{built.path / entry['path']}  {entry['precision']}  {size}  {entry['seconds']:.1f} s")
 

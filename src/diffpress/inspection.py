@@ -34,7 +34,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     seen["program"] = _attempt(found, "the step program", lambda: _program(bundle))
     seen["quantization"] = _attempt(found, "the plan", lambda: _quantization(bundle))
     seen["sizes"] = {**manifest.get("sizes", {}), **_sizes(bundle)}
-    seen |= {name: manifest.get(name) for name in ("measured", "default_backend", "parity")}
+    seen |= {name: manifest.get(name) for name in ("measured", "default_backend", "parity", "lint", "memory")}
     seen["engines"] = manifest.get("engines", [])
     seen |= {"files": states, "unlisted": sorted(_present(bundle) - set(states)), "problems": found}
     return seen
@@ -71,7 +71,8 @@ def as_text(seen: Mapping[str, Any]) -> str:
         lines += ["", *measured_lines(seen["measured"])]
     if default := seen["default_backend"]:
         lines += [_row("fastest", f"{default['name']} {default['precision']}")]
-    lines += ["", *_engine_lines(seen["engines"])]
+    lines += ["", *_engine_lines(seen["engines"]), *refused_lines(seen)]
+    lines += memory_lines(seen)
     for graph, parity in (seen["parity"] or {}).items():
         lines += [_row("parity", f"{graph}: {parity['max_rel_l2']:.1e} from torch (at most {parity['tolerance']:.0e})")]
     lines += ["", *_row_per_file(seen)]
@@ -82,6 +83,24 @@ def pass_lines(manifest: Mapping[str, Any]) -> list[str]:
     """A line per pass: its name, what it changed, how long it took."""
     rows = manifest.get("passes") or []
     return [_row("pass", f"{row['name']}: {row['summary']} ({row['seconds']:.1f} s)") for row in rows]
+
+
+def refused_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """A line per graph that TensorRT cannot take, which other backends may run all the same."""
+    return [
+        _row("no engine", f"{graph}: {next(row['text'] for row in rows if row['fatal'])}")
+        for graph, rows in (manifest.get("lint") or {}).items()
+        if any(row["fatal"] for row in rows)
+    ]
+
+
+def memory_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """A line per target that engines were built for: what they need of its memory."""
+    return [
+        _row("memory", f"{target}: {_size(plan['total'])} of {_size(plan['available'])} planned")
+        + (", weights streamed" if plan["weight_streaming"] else "")
+        for target, plan in (manifest.get("memory") or {}).items()
+    ]
 
 
 def size_line(bundle: Bundle) -> str:

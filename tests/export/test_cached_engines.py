@@ -10,7 +10,7 @@ import pytest
 from diffpress import bundle
 from diffpress.bundle import Bundle
 from diffpress.compress.families.unet_graph import encoder, modules
-from diffpress.export import engines, graphs, store
+from diffpress.export import buildable, engines, graphs, store
 from diffpress.export.ship import denoiser_specs, file_of
 from diffpress.plan import EARLIER, FULL, REUSE, Correction, Corrections, Plan, Sampling, StepProgram, Variant
 
@@ -94,4 +94,4 @@ def test_an_engine_takes_all_steps_that_run_together(
 ) -> None:
     variants = {FULL: Variant(writes=("up_0",)), "decoder": Variant(("up_0",), together=together)}
     steps = [name if name in variants else FULL for name in STEPS]
-    assert engines._batch(StepProgram(tuple(steps), variants, guidance), "decoder") == wanted
+    assert buildable.batch(StepProgram(tuple(steps), variants, guidance), "decoder") == wanted

@@ -43,6 +43,7 @@ def test_bundle_is_whole_and_within_parity(made: Any, recipe: str) -> None:
         assert entry["max_rel_l2"] <= entry["tolerance"], name
         onnx.checker.check_model(str(bundle.path / name))
     assert len(list((bundle.path / "unet").glob("*_data"))) == 1
+    assert not [row for rows in bundle.manifest["lint"].values() for row in rows if row["fatal"]]
     assert len(bundle.manifest["passes"]) == len(bundle.manifest["recipe"]["passes"])
     assert json.loads((bundle.path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
 

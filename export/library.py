@@ -1,0 +1,115 @@
+"""The TensorRT library that is installed: which it is, what it builds for, and its errors in the user's words.
+
+TensorRT for RTX builds for any target it knows, without a GPU; the full TensorRT builds for the GPU of this machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+import subprocess
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from diffpress.errors import DiffpressError
+
+LIBRARIES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}  # module -> package, the preferred one first
+FIGURES = {"Total Activation Memory": "activations", "Total Weights Memory": "weights"}  # that builders log, in bytes
+
+
+def find() -> ModuleType:
+    """The installed library; raises `DiffpressError` when there is none."""
+    for module in LIBRARIES:
+        try:
+            return importlib.import_module(module)
+        except ImportError:
+            continue
+    raise DiffpressError(
+        "neither tensorrt-rtx nor tensorrt is installed, one of which is needed to build engines: "
+        "pip install 'diffpress[tensorrt-rtx]'"
+    )
+
+
+def package(trt: ModuleType) -> str:
+    """The name it is installed by."""
+    return LIBRARIES[trt.__name__]
+
+
+def capabilities(trt: ModuleType) -> dict[str, Any]:
+    """Target -> the library's value for it; None where the library knows no other target than the machine's GPU."""
+    if hasattr(trt, "ComputeCapability"):
+        members = trt.ComputeCapability.__members__.items()
+        return {name.lower(): value for name, value in members if re.fullmatch(r"SM\d+", name)}
+    return dict.fromkeys(present())
+
+
+def present() -> list[str]:
+    """The targets of this machine's GPUs, as its driver names them."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return _by_driver()
+    return list(dict.fromkeys("sm" + line.strip().replace(".", "") for line in found.splitlines() if line.strip()))
+
+
+def _by_driver() -> list[str]:
+    """The same from CUDA's driver: Jetson machines have no nvidia-smi that answers this."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, major, minor, device = (ctypes.c_int() for _ in range(4))
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found: dict[str, None] = {}
+    for index in range(count.value):
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        found[f"sm{major.value}{minor.value}"] = None
+    return list(found)
+
+
+def logger(trt: ModuleType) -> Any:
+    """A TensorRT logger that keeps errors for the message to the user, and `figures` of the last engine's memory."""
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined]  # the base class is known when the library is
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.figures: dict[str, int] = {}
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            name, _, value = message.partition(": ")
+            if name in FIGURES and (size := re.match(r"\d+", value)):
+                self.figures[FIGURES[name]] = int(size.group())
+
+    return Logger()
+
+
+def refusal(trt: ModuleType, file: str, target: str | None = None) -> str:
+    """The beginning of the sentence that says what cannot be built."""
+    aim = f" for {target}" if target else ""
+    return f"{package(trt)} cannot build {file}{aim}"
+
+
+def parser_error(parser: Any) -> str:
+    """The parser's first error in one line, with the node it stopped at."""
+    if not parser.num_errors:
+        return "the parser gave no reason"
+    error = parser.get_error(0)
+    node = f"node '{error.node_name()}' ({error.node_operator()}): " if error.node_operator() else ""
+    return node + " ".join(error.desc().split())
+
+
+def builder_error(errors: Sequence[str]) -> str:
+    """The builder's first error without its source positions, which tell the user nothing."""
+    text = " ".join(errors[0].split()) if errors else "the builder gave no reason"
+    text = re.sub(r"^.*?Error Code \d+: [^(]*\((.*)\)$", r"\1", text)
+    text = re.sub(r"^\[[^\]]*\]\s*", "", text)
+    return re.sub(r"\.? In \S+ at \S+:\d+", "", text)
