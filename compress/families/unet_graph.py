@@ -100,9 +100,9 @@ class UNetGraph(nn.Module):
 
     Inputs: sample [N, C, H, W], timestep [1] or [N], encoder_hidden_states [N, T, D], then the features in the order
     of `reads`, then, where a ControlNet has a say, its residuals: one for each skip and one for the mid block's output
-    (Zhang et al. 2023, Section 3.2). Output: (out_sample [N, C, H, W], then the features in the order of `writes`). A feature named in
-    `corrections` is corrected by the row of the timestep before it is used. Raises `DiffpressError` for features that
-    the U-Net does not have, or that cannot be read together.
+    (Zhang et al. 2023, Section 3.2). Output: (out_sample [N, C, H, W], then the features in the order of `writes`). A
+    feature named in `corrections` is corrected by the row of the timestep before it is used. Raises `DiffpressError`
+    for features that the U-Net does not have, or that cannot be read together.
     """
 
     def __init__(
