@@ -42,7 +42,8 @@ class Reference:
     ) -> Reference:
         """Open `model`; `scheduler` is the manifest's entry {class, config}, whatever the folder itself prefers.
 
-        `loras` are fused, as they are in what it is compared with. A schedule that this scheduler does not make by itself (explicit timesteps or sigmas) is played from its table.
+        `loras` are fused, as they are in what it is compared with. A schedule that this scheduler does not make by
+        itself (explicit timesteps or sigmas) is played from its table.
         """
         import diffusers
 
