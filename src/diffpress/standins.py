@@ -39,6 +39,7 @@ class Clock:
 
     def begin(self, scheduler: Any) -> None:
         """An image begins; raises `DiffpressError` unless its timesteps are those of the plan."""
+        self._scheduler = None
         if not _near([float(timestep) for timestep in scheduler.timesteps], self.sampling.timesteps):
             raise DiffpressError(
                 f"this bundle is planned for {self.sampling.scheduler} at {self.sampling.steps} steps: call it with "
