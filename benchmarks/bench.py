@@ -86,7 +86,8 @@ def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool
     with tempfile.TemporaryDirectory(prefix="diffpress-bench-") as temporary:
         place = folder or Path(temporary) / "uncompressed"
         if not place.exists():
-            yield api.compress(against, "fp32", place, steps=steps, quiet=quiet)
+            loras = candidates.loras_of(bundle.manifest)
+            yield api.compress(against, "fp32", place, steps=steps, loras=loras, quiet=quiet)
             return
         export = bundles.load(place)
         check_model(export, against)
@@ -117,7 +118,7 @@ def measure(
     default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
     backend, precision = default["name"], default["precision"]
     pipelines: dict[str, Candidate] = {
-        REFERENCE: reference or Reference.load(against, own, scheduler),
+        REFERENCE: reference or Reference.load(against, own, scheduler, candidates.loras_of(bundle.manifest)),
         EXPORT: Pipeline.load(export, backend, "fp32", sampling=own),
         COMPRESSED: open_compressed(backend, precision),
     }

@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
+
+if TYPE_CHECKING:
+    from diffpress.calibration.lora import Lora
 
 # What stands in a report, under these names.
 REFERENCE, EXPORT, COMPRESSED = "reference_eager", "uncompressed_export", "compressed"
@@ -33,17 +37,20 @@ class Reference:
     sampling: Sampling
 
     @classmethod
-    def load(cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any]) -> Reference:
+    def load(
+        cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any], loras: Sequence[Lora] = ()
+    ) -> Reference:
         """Open `model`; `scheduler` is the manifest's entry {class, config}, whatever the folder itself prefers.
 
-        A schedule that this scheduler does not make by itself (explicit timesteps or sigmas) is played from its table.
+        `loras` are fused, as they are in what it is compared with. A schedule that this scheduler does not make by
+        itself (explicit timesteps or sigmas) is played from its table.
         """
         import diffusers
 
         from diffpress.calibration.model import load_pipeline
         from diffpress.calibration.tabulated import playing
 
-        pipeline = load_pipeline(model)
+        pipeline = load_pipeline(model, loras)
         configured = getattr(diffusers, scheduler["class"]).from_config(dict(scheduler["config"]))
         pipeline.scheduler = playing(configured, sampling)
         return cls(pipeline, sampling)
@@ -102,6 +109,23 @@ def own_schedule(manifest: Mapping[str, Any]) -> tuple[Sampling, Mapping[str, An
     """
     entry = manifest.get("reference", manifest)
     return Sampling.from_json(entry["sampling"]), entry["scheduler"]
+
+
+def loras_of(manifest: Mapping[str, Any]) -> tuple[Lora, ...]:
+    """The LoRAs that were fused before compression, from where the recipe found them.
+
+    Raises `DiffpressError` where one is no longer there, or another one is.
+    """
+    entries = manifest.get("model", {}).get("lora")
+    if not entries:
+        return ()
+    from diffpress.calibration.lora import Lora, described
+
+    loras = tuple(Lora(**entry) for entry in manifest["recipe"]["lora"])
+    if described(loras) != entries:
+        files = ", ".join(str(lora.file) for lora in loras)
+        raise DiffpressError(f"the LoRA of this bundle is not the one that lies at {files}: put it back to compare")
+    return loras
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,9 @@ def _draw(task: Mapping[str, Any]) -> None:
 
     opened = bundle.read(task["bundle"])
     if "against" in task:
-        from diffpress.benchmarks.candidates import Reference, own_schedule
+        from diffpress.benchmarks.candidates import Reference, loras_of, own_schedule
 
-        draw: Any = Reference.load(task["against"], *own_schedule(opened.manifest))
+        draw: Any = Reference.load(task["against"], *own_schedule(opened.manifest), loras_of(opened.manifest))
     else:
         from diffpress.runtime.pipeline import Pipeline
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffpress.calibration.lora import Lora, fuse
 from diffpress.errors import DiffpressError
 
 SHAPES = "shapes"
@@ -97,10 +99,10 @@ def _check_finite(pipeline: Any, model: str) -> None:
                 )
 
 
-def load_pipeline(model: str) -> Any:
-    """The pipeline in float32 on the CPU, in evaluation mode, without safety checker and progress bar.
+def load_pipeline(model: str, loras: Sequence[Lora] = ()) -> Any:
+    """The pipeline in float32 on the CPU, in evaluation mode, without safety checker and progress bar; LoRAs fused.
 
-    Raises `DiffpressError` when it is missing, broken or of a class that is not supported yet.
+    Raises `DiffpressError` when it is missing, broken or of a class that is not supported yet, or a LoRA does not fit.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -121,9 +123,12 @@ def load_pipeline(model: str) -> Any:
         reason = lines[0] if lines else type(error).__name__
         raise DiffpressError(f"model {model} could not be loaded, check that it is whole: {reason}") from error
     _check_tokenizer(pipeline, model)
-    _check_finite(pipeline, model)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         # A checkpoint stored in half precision must not stay there: the reference is float32.
-        part.to(torch.float32).eval().requires_grad_(False)
+        part.to(torch.float32)
+    fuse(pipeline, loras)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.eval().requires_grad_(False)
+    _check_finite(pipeline, model)
     return pipeline

@@ -87,6 +87,13 @@ class Tabulated:
         after = total.to(sample.dtype)
         return SimpleNamespace(prev_sample=after) if return_dict else (after,)
 
+    def add_noise(self, *_: Any, **__: Any) -> Tensor:
+        """Raises `DiffpressError`: a table knows the level of its first sample alone."""
+        raise DiffpressError(
+            "this schedule is a table of coefficients, which begins with noise: image to image needs a scheduler of "
+            "diffusers, compress with one that is not made of explicit steps"
+        )
+
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write the configuration of the scheduler that the table was made from: diffusers has no file for a table."""
         self.base.save_pretrained(folder, **options)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from diffpress.calibration.lora import LCM_GUIDANCE, LCM_STEPS, Lora
 from diffpress.calibration.sets import Method
 from diffpress.compress.cache.budget import CacheBudgetPass
 from diffpress.compress.cache.cachequant import CacheQuantPass
@@ -75,6 +76,9 @@ class CalibrationOptions(BaseModel):
     steps: Annotated[int, Field(ge=1, description="calls recorded per prompt, of each kind of step")] = 10
 
 
+_LORAS = TypeAdapter(tuple[Lora, ...])
+
+
 class Recipe(BaseModel):
     """A recipe file: sampling settings, calibration effort, and an ordered list of passes with their fields."""
 
@@ -84,7 +88,34 @@ class Recipe(BaseModel):
     steps: Annotated[int, Field(ge=1, le=1000)] = 50  # of the model's own scheduler; a schedule pass sets others
     guidance_scale: Annotated[float, Field(ge=0)] | None = None  # None: 2.0 for shapes, 7.5 elsewhere
     calibration: CalibrationOptions = CalibrationOptions()
+    lora: tuple[Lora, ...] = ()  # fused before anything else: they are part of what is compressed and compared with
+    controlnet: bool = False  # ship the denoiser a second time, with inputs for a ControlNet's residuals
     passes: tuple[str | dict[str, Any], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed(cls, data: Any) -> Any:
+        """One LoRA is a list of one; what an LCM-LoRA demands stands where the recipe says nothing."""
+        if not isinstance(data, Mapping) or "lora" not in data:
+            return data
+        lora = [data["lora"]] if isinstance(data["lora"], Mapping | Lora) else data["lora"]
+        try:
+            is_lcm = any(entry.is_lcm for entry in _LORAS.validate_python(lora))
+        except ValidationError:  # the field itself says what is wrong
+            is_lcm = False
+        demanded = {"steps": LCM_STEPS[0], "guidance_scale": LCM_GUIDANCE[0]} if is_lcm else {}
+        return {**demanded, **data, "lora": lora}
+
+    @property
+    def lcm(self) -> bool:
+        """Whether a LoRA makes a latent consistency model of the model, which LCM's scheduler samples."""
+        return any(entry.is_lcm for entry in self.lora)
+
+    def check_steps(self, steps: int) -> None:
+        """Raise `DiffpressError` for a step count that an LCM-LoRA was not made for."""
+        low, high = LCM_STEPS
+        if self.lcm and not low <= steps <= high:
+            raise DiffpressError(f"recipe: an LCM-LoRA draws in {low} to {high} steps, not in {steps}: set 'steps' so")
 
     def built(self) -> list[tuple[str, Pass]]:
         """The passes in order, validated; raises `DiffpressError` naming the key that is wrong."""
@@ -94,7 +125,27 @@ class Recipe(BaseModel):
             raise DiffpressError(f"recipe: '{SCHEDULE}' has to be the first pass: the others are bound to the schedule")
         if CORRECT in [name for name, _ in passes[:-1]]:
             raise DiffpressError(f"recipe: '{CORRECT}' has to be the last pass: it corrects what the others leave")
+        # They all keep features of steps for others; residuals are added to features.
+        caching = [name for name, step in passes if type(step).__module__.startswith(f"{__package__}.cache.")]
+        if self.controlnet and caching:
+            raise DiffpressError(
+                f"recipe: '{caching[0]}' keeps features, which a ControlNet changes at every step: leave it or "
+                "'controlnet' out"
+            )
+        self._check_lcm(passes)
         return passes
+
+    def _check_lcm(self, passes: Sequence[tuple[str, Pass]]) -> None:
+        if not self.lcm:
+            return
+        self.check_steps(self.steps)
+        low, high = LCM_GUIDANCE
+        if self.guidance_scale is not None and not low <= self.guidance_scale <= high:
+            raise DiffpressError(
+                f"recipe: an LCM-LoRA takes a guidance_scale of {low:g} to {high:g}, not {self.guidance_scale:g}"
+            )
+        if SCHEDULE in [name for name, _ in passes]:
+            raise DiffpressError(f"recipe: an LCM-LoRA brings its own scheduler and steps: leave '{SCHEDULE}' out")
 
 
 def _build(entry: str | Mapping[str, Any]) -> tuple[str, Pass]:
@@ -145,10 +196,18 @@ def load(name_or_file: str) -> Recipe:
     return recipe
 
 
+def with_loras(recipe: Recipe, loras: Sequence[Lora]) -> Recipe:
+    """`recipe` with other LoRAs fused before its own; raises `DiffpressError` where it then contradicts itself."""
+    said = recipe.model_dump(include=recipe.model_fields_set)
+    changed = Recipe.model_validate({**said, "lora": (*loras, *recipe.lora)})
+    changed.built()
+    return changed
+
+
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every pass's fields filled in, for the manifest."""
     passes = [{name: _plain(asdict(built))} for name, built in recipe.built()]  # type: ignore[call-overload]
-    return {**recipe.model_dump(), "passes": passes}
+    return {**recipe.model_dump(mode="json"), "passes": passes}
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import diffpress
-from diffpress.bundle import DIALECT, denoiser_bytes
-from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes
+from diffpress.bundle import CONTROLNET, DIALECT, denoiser_bytes
+from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes, residual_inputs
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, lint, parity, qdq, store
 from diffpress.export.deploy import deployable, settled
@@ -51,6 +51,14 @@ def denoiser_specs(
             inputs["timestep"] = timestep.repeat(2)  # steps that run together have each their own
         specs[name] = GraphSpec(module, inputs, ("out_sample", *variant.writes), fixed)
     return specs
+
+
+def controlnet_spec(denoiser: Any, full: GraphSpec) -> GraphSpec:
+    """The graph of all layers, `full`, with inputs for a ControlNet's residuals and none of its features."""
+    generator, names = torch.Generator().manual_seed(1), residual_inputs(denoiser)
+    shapes = feature_shapes(denoiser, tuple(names.values()), *full.inputs["sample"].shape[2:])
+    added = {name: torch.randn(2, *shapes[feature], generator=generator) for name, feature in names.items()}
+    return GraphSpec(UNetGraph(denoiser), {**full.inputs, **added}, ("out_sample",))
 
 
 def shapes_of(denoiser: Any, plan: Plan, latent: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
@@ -112,10 +120,11 @@ def ship(
     entries: Mapping[str, Any],
     progress: Progress,
     sensitivity: Sequence[Mapping[str, Any]] = (),
+    controlnet: bool = False,
 ) -> dict[str, Any]:
     """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows).
 
-    `sensitivity` are rows by layer that `plan/layers.json` takes in.
+    `sensitivity` are rows by layer that `plan/layers.json` takes in; with `controlnet` there is one more graph.
     """
     sampling = plan.sampling
     denoiser, vae = pipeline.unet, pipeline.vae
@@ -125,6 +134,8 @@ def ship(
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
         specs = denoiser_specs(denoiser, plan, latent, text)
+        if controlnet:
+            specs[CONTROLNET] = controlnet_spec(denoiser, specs[FULL])
         models = _models(specs, shipped, sampling, progress, refused)
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}

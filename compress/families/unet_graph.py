@@ -39,6 +39,12 @@ def encoder(unet: Any) -> tuple[str, ...]:
     return (*(f"skip_{index}" for index in range(branches(unet))), up(branches(unet) - 1))
 
 
+def residual_inputs(unet: Any) -> dict[str, str]:
+    """The inputs of a graph for a ControlNet's residuals, in order, and the feature that each has the shape of."""
+    *skips, mid = encoder(unet)
+    return {f"down_residual_{index}": skip for index, skip in enumerate(skips)} | {"mid_residual": mid}
+
+
 def modules(unet: Any) -> dict[str, str]:
     """Module path to kind of every part whose work can be kept by itself, in forward order.
 
@@ -93,9 +99,10 @@ class UNetGraph(nn.Module):
     """A U-Net that takes the features `reads` instead of computing them, and hands out the features `writes`.
 
     Inputs: sample [N, C, H, W], timestep [1] or [N], encoder_hidden_states [N, T, D], then the features in the order
-    of `reads`. Output: (out_sample [N, C, H, W], then the features in the order of `writes`). A feature named in
-    `corrections` is corrected by the row of the timestep before it is used. Raises `DiffpressError` for features that
-    the U-Net does not have, or that cannot be read together.
+    of `reads`, then, where a ControlNet has a say, its residuals: one for each skip and one for the mid block's output
+    (Zhang et al. 2023, Section 3.2). Output: (out_sample [N, C, H, W], then the features in the order of `writes`). A
+    feature named in `corrections` is corrected by the row of the timestep before it is used. Raises `DiffpressError`
+    for features that the U-Net does not have, or that cannot be read together.
     """
 
     def __init__(
@@ -160,6 +167,7 @@ class UNetGraph(nn.Module):
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *features: Tensor
     ) -> tuple[Tensor, ...]:
         unet = self.unet
+        features, residuals = features[: len(self.reads)], features[len(self.reads) :]
         given = self._corrected(dict(zip(self.reads, features, strict=True)), timestep)
         with _modules_as(unet, given, self.writes) as kept:
             # One row serves the whole batch where every sample of a call stands at the same timestep.
@@ -177,6 +185,9 @@ class UNetGraph(nn.Module):
                     hidden = layer(hidden, time, encoder_hidden_states)
                     skips.setdefault(index + 1, hidden)
             hidden = given[self.deep] if self.deep else self._mid(hidden, time, encoder_hidden_states)
+            if residuals:
+                hidden = hidden + residuals[-1]
+                skips = {index: skips[index] + added for index, added in enumerate(residuals[:-1])}
             last = len(self._up) - 1
             kept |= {name: skips[int(name[5:])] for name in self.writes if name.startswith("skip_")}
             for index in range(self.first, last + 1):

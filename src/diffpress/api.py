@@ -18,6 +18,7 @@ from diffpress.errors import DiffpressError
 
 if TYPE_CHECKING:
     from diffpress.benchmarks.scores import Judging
+    from diffpress.calibration.lora import Lora
     from diffpress.compress.recipe import Recipe
     from diffpress.compress.schedule.trajectory import Trajectories
     from diffpress.compress.work import Work
@@ -41,13 +42,14 @@ def compress(
     steps: int | None = None,
     seed: int = 0,
     targets: Sequence[str] = (),
+    loras: Sequence[Lora] = (),
     quiet: bool = False,
 ) -> Bundle:
     """Compress `model` by `recipe` and write the bundle `output`; with `targets`, build their engines too.
 
     `model` is a diffusers folder, a hub id or "shapes"; `recipe` a preset's name or a YAML file; `prompts` a text file
-    for calibration, a prompt a line; `steps` those of the model's own scheduler, the recipe's if absent. Raises
-    `DiffpressError` and leaves nothing behind when something is wrong.
+    for calibration, a prompt a line; `steps` those of the model's own scheduler, the recipe's if absent; `loras` are
+    fused before the recipe's own. Raises `DiffpressError` and leaves nothing behind when something is wrong.
 
     Under `accelerate launch` every process calls this; they share calibration and measuring, and the first writes.
     """
@@ -58,11 +60,14 @@ def compress(
     from diffpress.calibration import model as models
     from diffpress.calibration import processes
     from diffpress.calibration import prompts as prompt_lists
+    from diffpress.calibration.lora import described
     from diffpress.compress import recipe as recipes
     from diffpress.compress.run import run
     from diffpress.export import ship
 
     chosen = recipes.load(recipe)
+    if loras:
+        chosen = recipes.with_loras(chosen, loras)
     bundles.refuse_existing(Path(output))
     given = None if prompts is None else prompt_lists.read(prompts)
     if targets:
@@ -87,6 +92,7 @@ def compress(
                 "class": type(work.pipeline).__name__,
                 "digest": models.digest(model),
                 "parameters": parameters,
+                **({"lora": described(chosen.lora)} if chosen.lora else {}),
             },
             "recipe": recipes.as_json(chosen),
             "seed": seed,
@@ -95,7 +101,9 @@ def compress(
             "sizes": {"denoiser_reference": 4 * parameters},
         }
         sensitivity = work.tables.get("sensitivity", ())
-        manifest = ship.ship(work.pipeline, work.plan(), folder, entries, work.progress, sensitivity)
+        manifest = ship.ship(
+            work.pipeline, work.plan(), folder, entries, work.progress, sensitivity, controlnet=chosen.controlnet
+        )
         bundles.write_manifest(folder, manifest)
         made = bundles.read(folder)
         if targets:
@@ -122,18 +130,23 @@ def begin(
     """
     from diffpress.calibration import model as models
     from diffpress.calibration.capture import Execution, Recordings, cache_root, record
+    from diffpress.calibration.lora import digest
     from diffpress.calibration.schedule import tabulate
     from diffpress.calibration.sets import CalibrationSet
     from diffpress.compress import recipe as recipes
     from diffpress.compress.families import unet as family
+    from diffpress.compress.schedule.solver import make
     from diffpress.compress.work import Work
     from diffpress.export import components
 
     if steps is not None and steps < 1:
         raise DiffpressError(f"steps must be at least 1, not {steps}")
+    recipe.check_steps(steps or recipe.steps)
     progress = _progress(quiet)
-    pipeline = models.load_pipeline(model)
+    pipeline = models.load_pipeline(model, recipe.lora)
     family.check(pipeline.unet)
+    if recipe.lcm:
+        pipeline.scheduler = make("lcm", pipeline.scheduler.config)
     guidance = recipe.guidance_scale
     if guidance is None:
         guidance = SHAPES_GUIDANCE if models.is_shapes(model) else GUIDANCE
@@ -141,7 +154,7 @@ def begin(
     size = pipeline.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else size
     sampling = tabulate(pipeline.scheduler, steps or recipe.steps, guidance, rows * factor, columns * factor)
-    fingerprint, options = models.digest(model), recipe.calibration
+    fingerprint, options = models.digest(model) + digest(recipe.lora), recipe.calibration
     texts = (prompts or _default_prompts(model, options.prompts))[: options.prompts]
     chosen = CalibrationSet(tuple(texts), options.method, options.steps)
 
@@ -154,7 +167,7 @@ def begin(
     work = Work(pipeline, sampling, seed, recorder, progress, scratch, model=fingerprint)
     work.trajectories = _trajectories(work, texts)
     work.latency = _latency(work)
-    work.original = lambda: models.load_pipeline(model).unet
+    work.original = lambda: models.load_pipeline(model, recipe.lora).unet
     if models.is_shapes(model):
         work.scorer = _scorer(work)
     return work

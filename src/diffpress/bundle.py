@@ -22,6 +22,7 @@ from diffpress.errors import DiffpressError
 MANIFEST = "diffpress.json"
 FORMAT = 1  # of the manifest; a reader refuses a newer one
 DIALECT = ".onnxruntime.onnx"  # the end of the names of graphs in ONNX Runtime's dialect
+CONTROLNET = "controlnet"  # among a manifest's graphs, the denoiser that takes a ControlNet's residuals
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def as_text(seen: Mapping[str, Any]) -> str:
     lines = [f"{seen['path']}: made {seen['created']} by diffpress {seen['diffpress']} (format {seen['format']})", ""]
     parameters = f", {model['parameters'] / 1e6:.1f} M parameters" if model.get("parameters") else ""
     lines += [_row("model", f"{model.get('source')} ({model.get('class')}{parameters})")]
+    lines += [_row("lora", f"{entry['file']} at {entry['scale']:g}, fused") for entry in model.get("lora", ())]
     lines += [_row("recipe", f"{recipe.get('name')}, seed {seen['seed']}")]
     lines += pass_lines(seen)
     if sampling := seen["sampling"]:

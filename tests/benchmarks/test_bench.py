@@ -158,8 +158,8 @@ def test_without_a_folder_the_export_is_made_and_thrown_away(
 
     made: list[Path] = []
 
-    def compress(model: str, recipe: str, output: Path, *, steps: int, quiet: bool) -> Bundle:
-        assert (model, recipe, steps, quiet) == (str(tiny_pipeline), "fp32", 6, True)
+    def compress(model: str, recipe: str, output: Path, *, steps: int, loras: Any, quiet: bool) -> Bundle:
+        assert (model, recipe, steps, loras, quiet) == (str(tiny_pipeline), "fp32", 6, (), True)
         made.append(Path(output))
         return Bundle(Path(shutil.copytree(export, output)), bundles.read(export).manifest)
 
