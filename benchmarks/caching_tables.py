@@ -24,6 +24,7 @@ TARGETS = (
     (FEWER, CONVERGED, "the converged solution"),
 )
 QUANT = "INT8 and a cache, "  # begins the names of the ablation
+PARTS = ("naive", "+ schedule", "+ correction")  # which end them
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -232,18 +233,18 @@ def _quantized(rows: Rows) -> list[Claim]:
     reference = _named(rows, "fp32")
     made = []
     for setting, found in parts.items():
-        if not {"naive", "+ correction"} <= found.keys():
+        if not set(PARTS) <= found.keys():
             continue
-        best, naive = found["+ correction"], found["naive"]
+        naive, _, best = steps = [found[part] for part in PARTS]
         speed, loss = best["speedup_vs_eager"], 1 - best["clip_score"] / reference["clip_score"]
         both = speed >= 5.18 and loss <= 0.001
         got = f"{speed:.2f}x, {loss:.2%}"
         asked = "at least 5.18x at a loss of at most 0.1 %"
         made.append((f"{best['name']}: against diffusers, at a relative loss of CLIP score", asked, got, both))
         for key, word in (("latent_rel_l2", "mean"), (MEDIAN, "median")):
-            steps = " : ".join(f"{row[key]:.3f}" for row in found.values())
-            what = f"{setting}, {' : '.join(found)}: {word} latent error"
-            made.append((what, "the last below the first", steps, best[key] < naive[key]))
+            errors = " : ".join(f"{row[key]:.3f}" for row in steps)
+            what = f"{setting}, {' : '.join(PARTS)}: {word} latent error"
+            made.append((what, "the last below the first", errors, best[key] < naive[key]))
     return made
 
 
