@@ -74,7 +74,10 @@ def listed(bundle: Bundle) -> list[Engine]:
 
 
 def _engine(path: str, sidecar: Mapping[str, Any]) -> Engine:
-    library = next(name for name in LIBRARIES if name in sidecar["versions"])
+    libraries = [name for name in LIBRARIES if name in sidecar["versions"]]
+    if len(libraries) != 1:
+        raise ValueError(f"{path} was built with {libraries or 'no library'}")
+    library = libraries[0]
     return Engine(
         str(sidecar["variant"] or sidecar["component"]),
         path,
@@ -94,7 +97,7 @@ def fitting(
 
     Raises `Mismatch` with one line that says what is wrong and what to do.
     """
-    wanted = f"--backend {library}" if library else "its engines"
+    wanted = f"--backend {library}" if library else "an engine"
     if machine is None:
         raise Mismatch(f"{wanted} needs an NVIDIA GPU and its driver, and there is none here: use --backend auto")
     gpu, engines = machine.gpu, listed(bundle)

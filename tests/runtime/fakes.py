@@ -14,7 +14,6 @@ import onnxruntime
 # As in cuda.h, written down apart from the code that is tested: what it passes is converted by these.
 PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
-    "cuDriverGetVersion": (POINTER(c_int),),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetName": (c_void_p, c_int, c_int),
@@ -160,7 +159,7 @@ class FakeCuda:
         captured, self.capturing = self.capturing, None
         if self.broken or captured is None:
             return CAPTURE
-        graph[0] = 0x5000_0000_0000 + len(self.graphs)
+        graph[0] = 0x5000_0000_0000 + self.calls.count("cuStreamEndCapture")
         self.graphs[graph[0]] = captured
         return 0
 
