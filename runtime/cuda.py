@@ -146,6 +146,7 @@ class Device:
 
     def allocate(self, size: int) -> Block:
         """At least `size` bytes, aligned."""
+        self.activate()
         size = max(-(-size // ALIGNMENT), 1) * ALIGNMENT
         if self._free[size]:
             return Block(self, self._free[size].pop(), size)

@@ -70,6 +70,8 @@ def _has_qdq(file: Path) -> bool:
 class OnnxRuntime:
     """ONNX Runtime; takes any batch size, so there is nothing to prepare."""
 
+    _copies = False  # whether arrays of the host are copied when they are bound
+
     def __init__(self, file: Path, backend: str, precision: str, threads: int | None) -> None:
         self._library: Any = library()
         self._errors = _errors()
@@ -94,6 +96,8 @@ class OnnxRuntime:
 
     def _opened(self, options: Any) -> Any:
         providers = provider_options(self._backend, self._precision, self._file)
+        for folder in (value for _, table in providers for key, value in table.items() if key.endswith("_path")):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         if self._file.name.endswith(DIALECT) and not has_vnni():
             # Without VNNI its products of uint8 by int8 saturate in between; these are exact, and slower. What this
             # does to Q/DQ that is left in the graph (other formats) it then refuses to run.
@@ -127,9 +131,10 @@ class OnnxRuntime:
         if binding is None or feeds.keys() != self.inputs.keys():
             binding, bound = self._session.io_binding(), {}
         for name, value in feeds.items():
-            if bound.get(name) is value:
+            there = isinstance(value, DeviceArray)
+            if bound.get(name) is value and (there or not self._copies):
                 continue
-            if isinstance(value, DeviceArray):
+            if there:
                 bound[name] = value
                 binding.bind_input(name, "cuda", 0, value.dtype, value.shape, value.address)
             else:
@@ -151,6 +156,8 @@ class OnnxRuntime:
 
 class OnnxRuntimeOnGpu(OnnxRuntime):
     """ONNX Runtime on an NVIDIA GPU; what is kept between runs stays in its memory."""
+
+    _copies = True
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
         """An array in the memory of the GPU, allocated by the library."""

@@ -45,14 +45,14 @@ def pack(
     """Write the package `output` for `targets` ("cpu", "sm89", ...), and return it.
 
     A target gets its engines; "cpu" gets graphs, and so does a target that no builder here compiles for: it builds its
-    engines on its first start. `graphs` adds them for every target (`--fallback` needs them there), `image_to_image`
-    the VAE's encoder. The file appears whole or not at all. Raises `DiffpressError`.
+    engines on its first start. `graphs` adds them for every target (`--fallback` needs them there), and one without
+    engines then builds its own; `image_to_image` adds the VAE's encoder. The file appears whole or not at all. Raises `DiffpressError`.
     """
     check_output(output)
     bundle = load(bundle.path)
     program = StepProgram.from_json(bundle.manifest["program"])
     found = _Found(bundle, program, image_to_image)
-    entries, building = _engines(found, _checked(targets))
+    entries, building = _engines(found, _checked(targets), graphs)
     chosen = set(found.small)
     if CPU in targets or graphs or building:
         chosen |= found.graphs(dialects=CPU in targets or graphs)
@@ -143,7 +143,7 @@ def _checked(targets: Iterable[str]) -> list[str]:
     return found
 
 
-def _engines(found: _Found, targets: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def _engines(found: _Found, targets: Sequence[str], graphs: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """The manifest's entries of the engines that go with the package, and the targets that build their own."""
     bundle, entries, building = found.bundle, [], []
     listed = {engine.path: engine for engine in engines.listed(bundle)}
@@ -152,8 +152,11 @@ def _engines(found: _Found, targets: Sequence[str]) -> tuple[list[dict[str, Any]
         ours = [entry for entry in ours if listed[entry["path"]].name in found.names]
         build = f"diffpress build {bundle.path} --target {target}"
         if not ours and target != CPU:
-            if target in BUILT_HERE:
-                raise DiffpressError(f"{bundle.path} has no engines for {target}: run {build} first")
+            if target in BUILT_HERE and not graphs:
+                raise DiffpressError(
+                    f"{bundle.path} has no engines for {target}: run {build} first, or pack with --graphs and let the "
+                    "target build them"
+                )
             building.append(target)
         missing = set(found.names) - {listed[entry["path"]].name for entry in ours}
         if ours and missing:

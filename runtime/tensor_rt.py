@@ -96,6 +96,10 @@ class TensorRt:
         # Engines that carry host code are refused: the library's default, and nothing in a bundle is executed.
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._read(digest)
+        if not hasattr(self._engine, "device_memory_size_v2"):
+            raise DiffpressError(
+                f"{backend} {self._trt.__version__} is too old to run engines here: install 10.1 or newer"
+            )
         self._profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
         inputs, outputs = {}, {}
         for index in range(self._engine.num_io_tensors):

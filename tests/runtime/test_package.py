@@ -147,6 +147,8 @@ def test_engines_of_a_package_run_and_have_nothing_to_fall_back_on(
             Pipeline.load(file, fallback=fallback)
     with pytest.raises(DiffpressError, match="holds engines for sm89 and no graphs, which onnxruntime runs"):
         Pipeline.load(file, "onnxruntime")
+    other = members(pack(built, ["sm80", "sm89"], tmp_path / "other.tar", graphs=True, progress=False))
+    assert json.loads(other[MANIFEST])["package"]["build"]["targets"] == ["sm80"]
     with_graphs = pack(built, ["sm89"], tmp_path / "graphs.tar", graphs=True, progress=False)
     assert Pipeline.load(with_graphs, fallback=True).backend == "onnxruntime"
 
@@ -411,6 +413,7 @@ def test_elsewhere_nothing_is_built(orin: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: Machine(ORIN, {})))
     with pytest.raises(DiffpressError, match=r"builds its engines on its first start, and tensorrt .* not installed"):
         opened(orin, progress=False)
+    assert Pipeline.load(orin, fallback=True).backend in {"onnxruntime", "openvino"}
     assert built == []
 
 
