@@ -45,8 +45,10 @@ def pack(
     """Write the package `output` for `targets` ("cpu", "sm89", ...), and return it.
 
     A target gets its engines; "cpu" gets graphs, and so does a target that no builder here compiles for: it builds its
-    engines on its first start. `graphs` adds them for every target (`--fallback` needs them there), and one without
-    engines then builds its own; `image_to_image` adds the VAE's encoder. The file appears whole or not at all. Raises `DiffpressError`.
+    engines on its first start. `graphs` adds them for every target, which `--fallback` needs there; one without engines
+    then builds its own. `image_to_image` adds the VAE's encoder. The file appears whole or not at all.
+
+    Raises `DiffpressError` for an unknown target, for missing engines and for a file that is there already.
     """
     check_output(output)
     bundle = load(bundle.path)

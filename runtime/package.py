@@ -43,9 +43,9 @@ def opened(source: str | Path, backend: str = "auto", progress: bool = True, fal
 
 def unpack(file: Path, output: Path) -> Bundle:
     """Unpack a package into the new folder `output`; raises `DiffpressError` and leaves nothing if it is not whole."""
-    bundles.refuse_existing(output)
     with _archive(file) as archive:
         manifest, document = _manifest(file, archive)
+        bundles.refuse_existing(output)
         _check_space(file, manifest, output)
         with bundles.create(output) as folder:
             _extract(file, archive, manifest, folder)
