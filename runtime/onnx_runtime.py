@@ -70,6 +70,7 @@ def _has_qdq(file: Path) -> bool:
 class OnnxRuntime:
     """ONNX Runtime; takes any batch size, so there is nothing to prepare."""
 
+    _device = "cuda"  # where a `DeviceArray` is, as the library calls it
     _copies = False  # whether arrays of the host are copied when they are bound
 
     def __init__(self, file: Path, backend: str, precision: str, threads: int | None) -> None:
@@ -136,7 +137,7 @@ class OnnxRuntime:
                 continue
             if there:
                 bound[name] = value
-                binding.bind_input(name, "cuda", 0, value.dtype, value.shape, value.address)
+                binding.bind_input(name, self._device, 0, value.dtype, value.shape, value.address)
             else:
                 bound[name] = np.ascontiguousarray(value)  # held, because the binding knows only its address
                 binding.bind_cpu_input(name, bound[name])
@@ -146,7 +147,8 @@ class OnnxRuntime:
                 binding.bind_output(name, "cpu")  # the library allocates, anew for each run
             elif bound.get(name) is not into[name]:
                 target = bound[name] = into[name]
-                device, address = ("cuda", target.address) if isinstance(target, DeviceArray) else _host(target)
+                there = isinstance(target, DeviceArray)
+                device, address = (self._device, target.address) if there else ("cpu", target.ctypes.data)
                 binding.bind_output(name, device, 0, port.dtype, target.shape, address)
         self._session.run_with_iobinding(binding)
         self._binding, self._bound = binding, bound
@@ -161,14 +163,14 @@ class OnnxRuntimeOnGpu(OnnxRuntime):
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
         """An array in the memory of the GPU, allocated by the library."""
-        return DeviceArray(_Block(self._library, shape, dtype), shape, dtype)
+        return DeviceArray(_Block(self._library, shape, dtype, self._device), shape, dtype)
 
 
 class _Block:
     """Memory that belongs to an `OrtValue`, as `Memory`."""
 
-    def __init__(self, library: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self._value = library.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, "cuda", 0)
+    def __init__(self, library: Any, shape: tuple[int, ...], dtype: np.dtype, device: str) -> None:
+        self._value = library.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device, 0)
         self._shape, self._dtype = shape, dtype
         self.address = int(self._value.data_ptr())
 
@@ -182,10 +184,6 @@ class _Block:
         values = self._value.numpy().reshape(-1)
         start = offset // self._dtype.itemsize
         target.reshape(-1)[:] = values[start : start + target.size]
-
-
-def _host(array: np.ndarray) -> tuple[str, int]:
-    return "cpu", array.ctypes.data
 
 
 @cache

@@ -101,7 +101,8 @@ class TensorRt:
                 f"{backend} {self._trt.__version__} is too old to run engines here: install 10.1 or newer"
             )
         self._profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
-        inputs, outputs = {}, {}
+        inputs: dict[str, Port] = {}
+        outputs: dict[str, Port] = {}
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             read = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
