@@ -114,7 +114,7 @@ class Sampling:
         elif any(len(row) < len(whole) for row, whole in zip(rows, self.terms[first:], strict=True)):
             raise DiffpressError(
                 f"this schedule cannot begin at call {first}: its solver ({self.scheduler}) looks back at calls before "
-                "that, and the bundle is from before they were left out: compress again"
+                "that, and the bundle does not say how it begins anew: compress again"
             )
         return replace(
             self,
