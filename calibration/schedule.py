@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffpress.calibration import probe
 from diffpress.errors import DiffpressError
-from diffpress.plan import Sampling
+from diffpress.plan import FRESH, Sampling
 
 LINEAR = 1e-4  # relative error up to which a scheduler counts as linear
 OUTSIDE = 0.01  # by how much of itself a sigma may leave the model's range: published schedules are rounded
@@ -27,21 +29,24 @@ def tabulate(
     *,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
+    eta: float = 0.0,
 ) -> Sampling:
-    """The coefficients of `steps` steps of a deterministic scheduler; height and width in pixels.
+    """The coefficients of `steps` steps of a scheduler, see `probe`; height and width in pixels.
 
-    Each call is fed a fresh unit vector as its sample and another as its output, whatever the call before returned: a
-    linear scheduler answers with the coefficients themselves. The steps are those of the scheduler's configuration, or
-    stand where `timesteps` or `sigmas` say, see `place`. Raises `DiffpressError` for a scheduler that is not linear,
-    and for steps that it cannot make.
+    The steps are those of the scheduler's configuration, or stand where `timesteps` or `sigmas` say, see `place`. `eta`
+    is what pipelines hand to the schedulers that take one (DDIM: 0 is deterministic, 1 draws as DDPM). Sampling can
+    begin in the middle only after `with_starts`. Raises `DiffpressError` for a scheduler that is not linear, and for
+    steps that it cannot make.
     """
     probed = _placed(scheduler, steps, timesteps, sigmas)
     name = type(scheduler).__name__
     try:
-        rows, scales = _probe(probed)
-    except (ValueError, IndexError, AssertionError) as error:
+        table = list(probe.rows(probed, eta))
+    except probe.CANNOT as error:
         raise DiffpressError(f"scheduler {name} cannot make {steps} steps as it is configured: {error}") from error
-    if not all(math.isfinite(coefficient) for row in rows for _, _, coefficient in row):
+    except probe.ManyDraws as error:
+        raise DiffpressError(_refusal(scheduler)) from error
+    if not all(math.isfinite(coefficient) for row, _ in table for _, _, coefficient in row):
         raise DiffpressError(
             f"scheduler {name} divides by zero on this schedule: end it above zero, or use euler, dpm++ or unipc"
         )
@@ -52,18 +57,52 @@ def tabulate(
         height=height,
         width=width,
         timesteps=tuple(float(t) for t in probed.timesteps),
-        input_scale=tuple(scales),
+        input_scale=tuple(scale for _, scale in table),
         init_noise_sigma=float(probed.init_noise_sigma),
-        terms=tuple(rows),
+        terms=tuple(row for row, _ in table),
+        order=int(getattr(scheduler, "order", 1)),
     )
-    # Noise reaches into columns of calls that have not been made.
-    causal = all(lag >= 0 for row in rows for _, lag, _ in row)
-    if not causal or not _reproduces(sampling, _placed(scheduler, steps, timesteps, sigmas)):
-        raise DiffpressError(
-            f"scheduler {name} adds noise or thresholds as it is configured, which a table of "
-            "coefficients cannot hold: use DDIM, Euler or DPM-Solver++ without thresholding"
+    # What no probe was told of reaches into columns of calls that have not been made.
+    causal = all(lag >= 0 for row in sampling.terms for _, lag, _ in row)
+    if not causal or not _reproduces(sampling, _placed(scheduler, steps, timesteps, sigmas), eta):
+        raise DiffpressError(_refusal(scheduler))
+    return probe.with_levels(sampling, _placed(scheduler, steps, timesteps, sigmas))
+
+
+def with_starts(
+    sampling: Sampling,
+    scheduler: Any,
+    *,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    eta: float = 0.0,
+) -> Sampling:
+    """`sampling`, just tabulated from `scheduler` with the same arguments, so that it can begin at any of its steps."""
+    if sampling.solver != "linear":
+        return sampling  # begins anew by itself
+    placed = _placed(scheduler, sampling.steps, timesteps, sigmas)
+    return replace(sampling, starts=probe.starts(sampling, placed, eta))
+
+
+def _refusal(scheduler: Any) -> str:
+    """One line: what a table of coefficients cannot hold of a scheduler, and what to use instead."""
+    name = type(scheduler).__name__
+    config = getattr(scheduler, "config", {})
+    switches = [key for key in ("thresholding", "clip_sample") if config.get(key)]
+    if switches:
+        return (
+            f"scheduler {name} clips what it predicts ({switches[0]}: true), which no table of coefficients holds: set "
+            f"{switches[0]} to false in its configuration, or take another one with the schedule pass"
         )
-    return sampling
+    if name == "DPMSolverSDEScheduler":
+        return (
+            f"scheduler {name} draws from a Brownian tree, which no table of coefficients holds: use the schedule pass "
+            "with solver dpm++-sde or euler-ancestral"
+        )
+    return (
+        f"scheduler {name} is not linear in what it is given as it is configured, so that no table of coefficients "
+        "holds it: use the schedule pass with solver dpm++, unipc, euler or ddim"
+    )
 
 
 def place(scheduler: Any, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> None:
@@ -163,37 +202,24 @@ def _placed(scheduler: Any, steps: int, timesteps: Sequence[float] | None, sigma
     return copied
 
 
-def _probe(probed: Any) -> tuple[list[tuple[tuple[str, int, float], ...]], list[float]]:
-    """The terms of every call, and the scales of their inputs."""
-    basis = torch.eye(2 * len(probed.timesteps), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    scales, rows = [], []
-    for index, timestep in enumerate(probed.timesteps):
-        unit = torch.ones(1, dtype=torch.float64)
-        scales.append(float(probed.scale_model_input(unit, timestep)))
-        arguments: dict[str, Any] = {"return_dict": False}
-        if "generator" in probed.step.__code__.co_varnames:
-            arguments["generator"] = generator
-        # diffusers' steps want a batch and channels; the basis lies along the last axis.
-        sample, output = (basis[2 * index + part].reshape(1, 1, 1, -1) for part in (0, 1))
-        after = probed.step(output, timestep, sample, **arguments)[0].reshape(-1)
-        terms = []
-        for column in torch.nonzero(after).flatten().tolist():
-            call, part = divmod(column, 2)
-            terms.append(("output" if part else "sample", index - call, float(after[column])))
-        rows.append(tuple(terms))
-    return rows, scales
-
-
-def _reproduces(sampling: Sampling, fresh: Any) -> bool:
+def _reproduces(sampling: Sampling, fresh: Any, eta: float) -> bool:
     """Whether the table gives the scheduler's own result on random outputs; `fresh` stands before its first step."""
     generator = torch.Generator().manual_seed(1)
-    sample = torch.randn(1, 1, 4, 4, dtype=torch.float64, generator=generator) * sampling.init_noise_sigma
-    samples, outputs = [sample], []
+
+    def draw() -> torch.Tensor:
+        return torch.randn(1, 1, 4, 4, dtype=torch.float64, generator=generator)
+
+    sample = draw() * sampling.init_noise_sigma
+    samples, outputs, step = [sample], [], probe.stepping(fresh, eta)
     for index, timestep in enumerate(fresh.timesteps):
-        outputs.append(torch.randn(1, 1, 4, 4, dtype=torch.float64, generator=generator))
+        outputs.append(draw())
+        noise = draw()
         fresh.scale_model_input(sample, timestep)
-        sample = fresh.step(outputs[-1], timestep, sample, return_dict=False)[0]
+        with probe.drawing(fresh, lambda noise=noise: noise):
+            sample = step(outputs[-1], timestep, sample)
         history = {"sample": samples, "output": outputs}
-        samples.append(sum(c * history[kind][index - lag] for kind, lag, c in sampling.terms[index]))  # type: ignore[arg-type]
+        total = torch.zeros_like(sample)
+        for kind, lag, c in sampling.terms[index]:
+            total += c * (noise if kind == FRESH else history[kind][index - lag])
+        samples.append(total)
     return bool((samples[-1] - sample).norm() <= LINEAR * sample.norm())

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffpress import evodiff
 from diffpress.calibration.schedule import tabulate
 from diffpress.errors import DiffpressError
-from diffpress.plan import Sampling
+from diffpress.plan import FRESH, OUTPUT, PRIOR, SAMPLE, Sampling
 
 SAME = 1e-5  # by how much coefficients of one schedule may differ, relative: other machines round otherwise
 
@@ -59,24 +60,39 @@ class Tabulated:
         self._history: dict[tuple[str, int], Tensor] = {}
         self._start = torch.zeros(())  # the sample of the first call
         self._state: evodiff.State | None = None
+        self._own = torch.Generator().manual_seed(0)  # of noise that nobody brings a generator for
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the denoiser is given for `sample` [N, C, h, w] at the step the schedule stands at."""
         scale = self.sampling.input_scale[self._at()]
         return sample if scale == 1.0 else sample * scale
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
-        """The sample [N, C, h, w] after the step: an object with `prev_sample`, or a tuple of it."""
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The sample [N, C, h, w] after the step: an object with `prev_sample`, or a tuple of it.
+
+        A stochastic schedule draws its noise from `generator`, or from one for each image, as diffusers does; from one
+        of its own, the same each time, where there is none.
+        """
         index = self._at()
         if self.sampling.offsets:
             offsets = torch.tensor(self.sampling.offsets[index], dtype=model_output.dtype, device=model_output.device)
             model_output = model_output - offsets[:, None, None]
-        self._history["sample", index], self._history["output", index] = sample, model_output
+        self._history[SAMPLE, index], self._history[OUTPUT, index] = sample, model_output
         total = torch.zeros_like(sample, dtype=torch.float64)
         if index == 0:
             self._start = sample
         for kind, lag, coefficient in self.sampling.terms[index]:
-            if kind == "noise":
+            if kind == FRESH:
+                drawn = randn_tensor(sample.shape, generator or self._own, sample.device, sample.dtype)
+                total += coefficient * drawn.double()
+            elif kind == PRIOR:
                 total += (coefficient / self.sampling.init_noise_sigma) * self._start.double()
             else:
                 total += coefficient * self._history[kind, index - lag].double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +83,8 @@ class Work:
 
     def made_for(self) -> MadeFor:
         """What a step program that is planned now is made for."""
-        return MadeFor(self.model, self.sampling, tuple(self.passes))
+        # Where else sampling may begin is no part of it, and long.
+        return MadeFor(self.model, replace(self.sampling, starts=()), tuple(self.passes))
 
     def plan(self) -> Plan:
         """The decisions so far, as data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,16 +14,27 @@ from diffpress.errors import DiffpressError
 BLOCK = 16  # torch transforms uniforms in blocks of 16: 8 radii, then 8 angles
 
 
-def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
-    """Normal noise, float32, equal to `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` to 2e-6.
+class Generator:
+    """Draws as `torch.Generator().manual_seed(seed)` does on a CPU: one after the other, each where the last ended."""
 
-    Follows aten/src/ATen/native/cpu/DistributionTemplates.h: `normal_fill` from 16 values on (Box-Muller in float32
-    on 24-bit uniforms), below that one by one in double. `seed` may be negative, as in torch, and has up to 64 bits.
-    """
-    words = _mersenne_twister(seed)
-    size = math.prod(shape)
-    values = _few(words, size) if size < BLOCK else _many(words, size)
-    return values.reshape(tuple(shape))
+    def __init__(self, seed: int) -> None:
+        self._words = _mersenne_twister(seed)
+        self._spare: deque[float] = deque()  # what a draw of few numbers made and did not need
+
+    def randn(self, shape: Sequence[int]) -> np.ndarray:
+        """Normal noise, float32, equal to `torch.randn(shape, generator=...)` to 2e-6.
+
+        Follows aten/src/ATen/native/cpu/DistributionTemplates.h: `normal_fill` from 16 values on (Box-Muller in float32
+        on 24-bit uniforms), below that one by one in double.
+        """
+        size = math.prod(shape)
+        values = _few(self._words, size, self._spare) if size < BLOCK else _many(self._words, size)
+        return values.reshape(tuple(shape))
+
+
+def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
+    """The first noise [*shape] of a seed, which may be negative, as in torch, and has up to 64 bits."""
+    return Generator(seed).randn(shape)
 
 
 def _mersenne_twister(seed: int) -> np.random.RandomState:
@@ -62,12 +74,12 @@ def _box_muller(uniforms: np.ndarray) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
 
-def _few(twister: np.random.RandomState, size: int) -> np.ndarray:
-    """`normal_distribution<double>`: 53-bit uniforms, two values from each pair."""
-    count = (size + 1) // 2
+def _few(twister: np.random.RandomState, size: int, spare: deque[float]) -> np.ndarray:
+    """`normal_distribution<double>`: 53-bit uniforms, two values from each pair; the second may wait in `spare`."""
+    count = (size - len(spare) + 1) // 2 if size > len(spare) else 0
     words = _words(twister, 4 * count).astype(np.uint64).reshape(count, 2, 2)
     bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)
     uniforms = bits.astype(np.float64) * 2.0**-53
     angle, radius = 2 * math.pi * uniforms[:, 0], np.sqrt(-2 * np.log1p(-uniforms[:, 1]))
-    values = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
-    return values[:size].astype(np.float32)
+    spare.extend(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1).tolist())
+    return np.array([spare.popleft() for _ in range(size)], np.float32)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -16,15 +17,16 @@ from diffpress import bundle as bundles
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, REUSE, Sampling, StepProgram
-from diffpress.runtime import package, sampler
+from diffpress.runtime import guidance, package, sampler
 from diffpress.runtime.backends import Session
+from diffpress.runtime.from_image import Begun, Source, prepare
 from diffpress.runtime.image import to_pixels
-from diffpress.runtime.noise import randn
+from diffpress.runtime.noise import Generator
 from diffpress.runtime.opening import choose_opening
 from diffpress.runtime.program import Denoiser, open_denoiser
 from diffpress.runtime.tokenizer import Tokenizer
 
-TEXT_ENCODER, VAE_DECODER = "text_encoder", "vae_decoder"
+TEXT_ENCODER, VAE_DECODER, VAE_ENCODER = "text_encoder", "vae_decoder", "vae_encoder"
 
 # (index of the call, sample after it [N, C, h, w]); with EVODiff the probe of the next call, but for the last.
 OnStep = Callable[[int, np.ndarray], None]
@@ -36,7 +38,7 @@ class Images:
 
     pixels: np.ndarray  # uint8 [N, H, W, 3]
     latents: list[np.ndarray]  # the sample [N, C, h, w] after each step, when asked for; see `OnStep`
-    stage_ms: dict[str, float]  # text, denoise, decode
+    stage_ms: dict[str, float]  # text, image where there is one to begin with, denoise, decode
     step_ms: list[float]
     problem: str | None = None
 
@@ -53,6 +55,7 @@ class Pipeline:
     text_encoder: Session
     denoiser: Denoiser
     vae_decoder: Session
+    vae_encoder: Callable[[], Session]  # opened when the first picture comes in
     note: str | None = None  # why it runs on another backend than it was asked to, in one line
 
     @classmethod
@@ -93,6 +96,8 @@ class Pipeline:
             opening.component(TEXT_ENCODER, "fp32"),
             open_denoiser(program, opening.graphs(graphs), opening.open),
             opening.component(VAE_DECODER),
+            # As the text encoder.
+            cache(lambda: opening.component(VAE_ENCODER, "fp32")),
             opening.note,
         )
 
@@ -106,33 +111,53 @@ class Pipeline:
         keep_latents: bool = False,
         start: int = 0,
         latents: np.ndarray | None = None,
+        source: Source | None = None,
     ) -> Images:
         """Make one picture for each prompt and seed, as diffusers would with a CPU generator per image.
 
-        `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone. Sampling begins at call
-        `start` of the schedule with `latents` [N, C, h, w], a sample of that call's level; None, which only call 0
-        takes, is the noise of the seeds, which are not used otherwise. Times leave out what happens once per batch size
-        (compilation). Raises `DiffpressError` for arguments that make no sense.
+        `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone; `caution` says what
+        another one costs. Sampling begins at call `start` of the schedule with `latents` [N, C, h, w], a sample of that
+        call's level; None, which only call 0 takes, is the noise of the seeds. With a `source` it begins where its
+        strength says, from its image. Times leave out what happens once per batch size (compilation). Raises
+        `DiffpressError` for arguments that make no sense.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         _check_arguments(prompts, seeds, negative_prompt, scale)
+        guidance.check(self.sampling, scale)
         guided, count = scale > 1, len(prompts)
         shape = (1, *(self.bundle.manifest["latent"][name] for name in ("channels", "height", "width")))
-        _check_latents(latents, (count, *shape[1:]), start)
+        if source is not None:
+            if start or latents is not None:
+                raise DiffpressError("sampling begins with a picture or with latents at a call: give one of the two")
+            start = source.first(self.sampling)
+        else:
+            _check_latents(latents, (count, *shape[1:]), start)
+        generators = [Generator(seed) for seed in seeds]
         sampling, denoiser = self.sampling.starting(start), self.denoiser.starting(start)
         self.text_encoder.prepare(count + guided)
         denoiser.prepare(count, guided)
         self.vae_decoder.prepare(1)
+        encoder = None if source is None else prepare(self.vae_encoder)
 
         started = perf_counter()
         hidden = self._encode(prompts, negative_prompt if guided else None)
         encoded = perf_counter()
-        if latents is None:
-            latents = np.concatenate([randn(seed, shape) for seed in seeds])
-            latents = latents * np.float32(self.sampling.init_noise_sigma)
-        kept, ticks = [], [perf_counter()]
-        denoise = denoiser.start(hidden, sampling.timesteps)
-        samples = sampler.sample(sampling, guide(denoise, scale, denoiser.program), latents)
+
+        def draw() -> np.ndarray:
+            return np.concatenate([generator.randn(shape) for generator in generators])
+
+        if source is not None and encoder is not None:
+            begun = source.begin(sampling, encoder, self.bundle.manifest["latent"], generators)
+        elif latents is None:
+            noise = draw()
+            begun = Begun(noise * np.float32(self.sampling.init_noise_sigma), noise)
+        else:
+            # Of a sample in the middle the noise that it began with is not known: none is added again.
+            begun = Begun(latents, np.zeros_like(latents) if start else None)
+        begins = encoded if source is None else perf_counter()
+        latents, kept, ticks = begun.latents, [], [perf_counter()]
+        denoise = guide(denoiser.start(hidden, sampling.timesteps), scale, denoiser.program)
+        samples = sampler.sample(sampling, denoise, latents, prior=begun.noise, draw=draw, adjust=begun.adjust)
         for index, latents in enumerate(samples, start):
             ticks.append(perf_counter())
             if keep_latents:
@@ -144,7 +169,8 @@ class Pipeline:
         pixels = to_pixels(decoded)
         ended = perf_counter()
 
-        stages = {"text": encoded - started, "denoise": denoised - encoded, "decode": ended - denoised}
+        stages = {"text": encoded - started} | ({} if source is None else {"image": begins - encoded})
+        stages |= {"denoise": denoised - begins, "decode": ended - denoised}
         return Images(
             pixels,
             kept,
@@ -152,6 +178,11 @@ class Pipeline:
             [(after - before) * 1e3 for before, after in pairwise(ticks)],
             find_problem(latents, decoded, pixels),
         )
+
+    def caution(self, guidance_scale: float) -> str | None:
+        """One line where the bundle was measured at another guidance scale, None where it does not matter."""
+        passes = [str(entry.get("name")) for entry in self.bundle.manifest.get("passes", ())]
+        return guidance.caution(self.sampling, self.denoiser.program, passes, guidance_scale)
 
     def _encode(self, prompts: Sequence[str], negative_prompt: str | None) -> np.ndarray:
         """Text features [N, T, D], or [2 N, T, D] with the negative prompt's rows first."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffpress import evodiff
 from diffpress.calibration.tabulated import Tabulated
 from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
@@ -235,6 +236,27 @@ def test_a_schedule_survives_json_and_older_ones_are_linear() -> None:
     old = sampling.to_json()
     del old["solver"], old["levels"]
     assert Sampling.from_json(old) == replace(sampling, solver="linear", levels=())
+
+
+def test_it_begins_in_the_middle_as_the_whole_schedule_is_there() -> None:
+    """A network that knows the one image there is keeps every sample on its line, wherever sampling begins."""
+    sampling, clean = schedule(TIMESTEPS), np.float32(0.7)
+    alphas = dict(zip(sampling.timesteps, sampling.levels, strict=False))
+
+    def model(x: np.ndarray, timestep: float) -> np.ndarray:
+        alpha, sigma = alphas[timestep]
+        return np.asarray((alpha * x - clean) / sigma)  # v = (alpha x - x0) / sigma
+
+    for first in range(len(TIMESTEPS)):
+        began = sampling.starting(first)
+        alpha, sigma = sampling.levels[first]
+        *_, end = in_numpy(began, np.asarray(alpha * clean + sigma * noise(), np.float32), model)
+        np.testing.assert_allclose(end, np.full_like(end, clean), atol=1e-4)
+        assert began.origin == (999.0 if first else None) and began.levels == sampling.levels[first:]
+    assert sampling.starting(2).starting(1) == sampling.starting(3)
+    assert Sampling.from_json(sampling.starting(3).to_json()) == sampling.starting(3)
+    # Time is that of the whole schedule: a step in the middle is the same one.
+    assert evodiff._step(sampling.starting(2), 3) == evodiff._step(sampling, 5)
 
 
 GOOD = schedule(TIMESTEPS)

@@ -41,8 +41,19 @@ def check(denoiser: Any) -> None:
     if name != "UNet2DConditionModel":
         raise DiffpressError(f"denoiser {name} is not supported yet: diffpress compresses UNet2DConditionModel")
     set_fields = [field for field in _UNSUPPORTED if getattr(denoiser.config, field, None) is not None]
+    if "time_cond_proj_dim" in set_fields:
+        raise DiffpressError(
+            "a U-Net that takes the guidance scale as an input (time_cond_proj_dim, as distilled LCMs have it) is not "
+            "supported yet: fuse an LCM-LoRA into the ordinary model and take the schedule pass with solver lcm"
+        )
     if set_fields:
         raise DiffpressError(f"a U-Net with {', '.join(set_fields)} is not supported yet")
+    takes, gives = denoiser.config.in_channels, denoiser.config.out_channels
+    if takes != gives:
+        raise DiffpressError(
+            f"a U-Net that takes {takes} channels and answers with {gives} (made for inpainting, depth or editing) "
+            "is not supported yet: take the ordinary model, which inpaints with 'diffpress run --image --mask'"
+        )
     for block in [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]:
         if not hasattr(block, "resnets"):
             raise DiffpressError(f"a U-Net with {type(block).__name__} is not supported yet")

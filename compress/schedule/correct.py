@@ -67,6 +67,11 @@ class CorrectPass:
         """Raises `DiffpressError` when it ran already, and where epsilon cannot be told from the output."""
         if NAME in work.tables:
             raise DiffpressError("correct: an earlier pass corrected the schedule already; keep one of the two")
+        if work.sampling.stochastic:
+            raise DiffpressError(
+                f"correct: {work.sampling.scheduler} draws noise, so that it has no converged solution to come near: "
+                "leave the pass out or take a deterministic solver"
+            )
         if work.original is None:
             raise DiffpressError("correct: the float model cannot be opened anew here, which it compares with")
         if self.epsilon_scaling != "none":

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL, Sampling, StepProgram
+from diffpress.plan import FULL, OUTPUT, SAMPLE, Sampling, StepProgram
 
 
 def spread(steps: int, full: int) -> list[int]:
@@ -38,8 +38,8 @@ def effects(sampling: Sampling) -> np.ndarray:
     samples[calls] = 1.0
     for index in reversed(range(calls)):
         for kind, lag, coefficient in sampling.terms[index]:
-            if kind != "noise":
-                (samples if kind == "sample" else outputs)[index - lag] += samples[index + 1] * coefficient
+            if kind in (SAMPLE, OUTPUT):
+                (samples if kind == SAMPLE else outputs)[index - lag] += samples[index + 1] * coefficient
     return np.abs(outputs)
 
 

@@ -10,7 +10,7 @@ v = alpha eps - sigma x0 it is, so that a scaled eps is one more term in x:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from diffpress.compress.schedule.sigmas import sigma_of
 from diffpress.errors import DiffpressError
-from diffpress.plan import Sampling
+from diffpress.plan import FRESH, OUTPUT, PRIOR, SAMPLE, Row, Sampling
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -56,17 +56,23 @@ def scaled(sampling: Sampling, scheduler: Any, divisors: Sequence[float]) -> Sam
 
 def replaced_outputs(sampling: Sampling, factors: Sequence[float], of_sample: Sequence[float]) -> Sampling:
     """`sampling` in which the output of call i is factors[i] * output_i + of_sample[i] * sample_i."""
-    rows = []
-    for index, row in enumerate(sampling.terms):
+
+    def changed(row: Row, index: int) -> Row:
         sums: dict[tuple[int, str], float] = {}
         for kind, lag, coefficient in row:
             parts = {kind: coefficient}
-            if kind == "output":
-                parts = {"output": coefficient * factors[index - lag], "sample": coefficient * of_sample[index - lag]}
+            if kind == OUTPUT:
+                parts = {OUTPUT: coefficient * factors[index - lag], SAMPLE: coefficient * of_sample[index - lag]}
             for part, value in parts.items():
-                if value:
+                if value or part == FRESH:  # drawn even where nothing of it is added
                     sums[-lag, part] = sums.get((-lag, part), 0.0) + value
-        # As `calibration.schedule` has them: the earliest call first, its sample before its output.
-        ordered = sorted(sums, key=lambda key: (key[0], ("sample", "output", "noise").index(key[1])))
-        rows.append(tuple((part, -back, float(sums[back, part])) for back, part in ordered))
-    return replace(sampling, terms=tuple(rows))
+        # As `calibration.probe` has them: the earliest call first, its sample before its output.
+        ordered = sorted(sums, key=lambda key: (key[0], (SAMPLE, OUTPUT, FRESH, PRIOR).index(key[1])))
+        return tuple((part, -back, float(sums[back, part])) for back, part in ordered)
+
+    def all_changed(rows: Iterable[Row], first: int = 0) -> tuple[Row, ...]:
+        return tuple(changed(row, index) for index, row in enumerate(rows, first))
+
+    # What a start adds to rows is a sum of the same outputs.
+    starts = tuple(rows and all_changed(rows, first) for first, rows in enumerate(sampling.starts, 1))
+    return replace(sampling, terms=all_changed(sampling.terms), starts=starts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from diffpress.errors import DiffpressError
-from diffpress.plan import Sampling
+from diffpress.plan import PRIOR, Sampling
 
 BELOW = 500.0  # timesteps that get it
 
@@ -32,5 +32,5 @@ def with_prior_noise(sampling: Sampling, strength: float) -> Sampling:
     rows = list(sampling.terms)
     for index in range(1, len(rows)):
         if sampling.timesteps[index] < BELOW:
-            rows[index - 1] = (*rows[index - 1], ("noise", 0, strength / sampling.input_scale[index]))
+            rows[index - 1] = (*rows[index - 1], (PRIOR, 0, strength / sampling.input_scale[index]))
     return replace(sampling, terms=tuple(rows))

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from diffpress.calibration.schedule import check_sigmas, check_timesteps, tabulate
+from diffpress.calibration.schedule import check_sigmas, check_timesteps, tabulate, with_starts
 from diffpress.calibration.tabulated import playing
 from diffpress.compress.schedule import published
 from diffpress.compress.schedule.evodiff import to_evodiff
@@ -30,7 +30,7 @@ from diffpress.plan import Sampling, listed
 
 Solver = Literal[
     "ddim", "pndm", "euler", "heun", "dpm2", "dpm++", "dpm++-1", "dpm++-3", "dpm++-heun", "dpm++-single", "deis",
-    "unipc", "unipc-3", "lcm", "evodiff",
+    "unipc", "unipc-3", "evodiff", "ddpm", "euler-ancestral", "dpm2-ancestral", "dpm++-sde", "lcm", "tcd",
 ]  # fmt: skip
 Spacing = Literal[
     "linspace", "leading", "trailing", "karras", "exponential", "beta", "lu", "align-your-steps", "hyperparameters"
@@ -53,9 +53,16 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 2}),
     "unipc-3": ("UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 3}),
-    "lcm": ("LCMScheduler", {}),  # adds noise between its steps, so that a table holds one step of it
     "evodiff": ("DPMSolverMultistepScheduler", {**_DPM, "solver_order": 2}),  # whose steps it walks in its own way
+    # These draw noise on their way.
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {**_DPM, "algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),  # with an eta; without one it draws nothing
 }
+WITH_ETA = ("ddim", "tcd")
 STRIDES = ("linspace", "leading", "trailing")  # values of a configuration's `timestep_spacing`
 # The other spacings, of sigmas, each with a switch of its own.
 SWITCHES = {
@@ -119,6 +126,7 @@ class SchedulePass:
     sigmas: Annotated[
         tuple[float, ...] | None, Field(description="their noise levels instead, and the one at the end")
     ] = None
+    eta: Annotated[float, Field(ge=0, le=1, description="noise that ddim and tcd draw at each step, 1 for all")] = 0.0
     search: Annotated[Method | None, Field(description="find where the steps stand, on this model")] = None
     search_images: Annotated[int, Field(ge=4, description="that a search scores a schedule on")] = 16
     search_epochs: Annotated[int, Field(ge=1, description="of autodiffusion")] = 10
@@ -135,6 +143,8 @@ class SchedulePass:
                 check_sigmas(self.sigmas)
         except DiffpressError as error:
             raise DiffpressError(f"schedule: {error}") from error
+        if self.eta and self.solver not in WITH_ETA:
+            raise DiffpressError(f"schedule: {self.solver} takes no eta, {' and '.join(WITH_ETA)} do: leave it out")
         count = self._listed()
         if count is not None and self.steps not in (None, count):
             end = ", the last where it ends" if self.sigmas is not None else ""
@@ -156,12 +166,17 @@ class SchedulePass:
         if self.search is not None and work.trajectories is None:
             raise DiffpressError("schedule: nothing here can run the model for a search: give sigmas or a spacing")
         # A search finds sigmas: that the solver takes such is known before.
-        self._made(work, self._uniform(work) if self.search is not None else self.sigmas)
+        _, sampling = self._made(work, self._uniform(work) if self.search is not None else self.sigmas)
+        if self.search is not None and sampling.stochastic:
+            raise DiffpressError(
+                f"schedule: {self.solver} draws noise, so that it has no exact solution for a search to come near: "
+                "search with a deterministic solver, or give sigmas or a spacing"
+            )
 
     def apply(self, work: Work) -> str:
         """Bind the pipeline, the plan and all later passes to the schedule; says which it is."""
         before, found = work.sampling, self._found(work) if self.search is not None else None
-        scheduler, sampling = self._made(work, found.sigmas if found else self.sigmas)
+        scheduler, sampling = self._made(work, found.sigmas if found else self.sigmas, begins=True)
         work.follow(playing(scheduler, sampling), sampling)
         if found:
             work.tables["search"] = [asdict(found)]
@@ -205,14 +220,17 @@ class SchedulePass:
     def _steps(self, work: Work) -> int:
         return self._listed() or self.steps or work.sampling.steps
 
-    def _made(self, work: Work, sigmas: Sequence[float] | None) -> tuple[Any, Sampling]:
-        """The scheduler without the lists, and the whole schedule."""
+    def _made(self, work: Work, sigmas: Sequence[float] | None, begins: bool = False) -> tuple[Any, Sampling]:
+        """The scheduler without the lists, and the whole schedule; one that `begins` may do so at any step."""
         steps, spacing = self._steps(work), self.spacing
         if spacing in PUBLISHED:
             sigmas, spacing = PUBLISHED[spacing](steps, alphas_cumprod(work)), None
         explicit = self.timesteps is not None or sigmas is not None
         scheduler = make(self.solver, work.pipeline.scheduler.config, spacing, explicit=explicit)
         sampling = self._table(work, scheduler, steps, self.timesteps, sigmas, walked=self.solver == "evodiff")
+        if begins:
+            places: dict[str, Any] = {"timesteps": self.timesteps, "sigmas": sigmas, "eta": self.eta}
+            sampling = with_starts(sampling, scheduler, **places)
         largest = int(scheduler.config.num_train_timesteps) - 1
         # diffusers' strides miscount here and there: "trailing" at 61 steps has 62, the last at -1.
         if not all(0 <= t <= largest for t in sampling.timesteps):
@@ -235,7 +253,7 @@ class SchedulePass:
         old = work.sampling
         size = old.guidance_scale, old.height, old.width
         try:
-            linear = tabulate(scheduler, steps, *size, timesteps=timesteps, sigmas=sigmas)
+            linear = tabulate(scheduler, steps, *size, timesteps=timesteps, sigmas=sigmas, eta=self.eta)
             return to_evodiff(linear, scheduler, timesteps, sigmas) if walked else linear
         except DiffpressError as error:
             raise DiffpressError(f"schedule: {self.solver}: {error}") from error

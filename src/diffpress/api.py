@@ -131,7 +131,7 @@ def begin(
     from diffpress.calibration import model as models
     from diffpress.calibration.capture import Execution, Recordings, cache_root, record
     from diffpress.calibration.lora import digest
-    from diffpress.calibration.schedule import tabulate
+    from diffpress.calibration.schedule import tabulate, with_starts
     from diffpress.calibration.sets import CalibrationSet
     from diffpress.compress import recipe as recipes
     from diffpress.compress.families import unet as family
@@ -154,6 +154,7 @@ def begin(
     size = pipeline.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else size
     sampling = tabulate(pipeline.scheduler, steps or recipe.steps, guidance, rows * factor, columns * factor)
+    sampling = with_starts(sampling, pipeline.scheduler)
     fingerprint, options = models.digest(model) + digest(recipe.lora), recipe.calibration
     texts = (prompts or _default_prompts(model, options.prompts))[: options.prompts]
     chosen = CalibrationSet(tuple(texts), options.method, options.steps)

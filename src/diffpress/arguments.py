@@ -39,7 +39,8 @@ Needs pip install 'diffpress[tensorrt-rtx]'.""",
     "run": (
         "draw an image with a bundle, without torch",
         """  diffpress run sd15/ "a lighthouse at dusk" -o out.png --seed 7
-The same bundle, prompt and seed give the same image. Needs numpy and one inference library: 'diffpress[cpu]'.""",
+The same bundle, prompt and seed give the same image. --image photo.png --strength 0.6 draws over a picture,
+with --mask hole.png only where that is white. Needs numpy and one inference library: 'diffpress[cpu]'.""",
     ),
     "pack": (
         "pack what one kind of target needs of a bundle into a file",
@@ -124,7 +125,10 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("prompt", metavar="PROMPT", help="what the image shows")
     add("-o", "--output", required=True, type=Path, metavar="FILE", help="a .png file, replaced if it exists")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the starting noise (default: 0)")
-    add("--negative-prompt", default="", metavar="TEXT", help="what the image should not show")
+    add("--negative-prompt", "--negative", default="", metavar="TEXT", help="what the image should not show")
+    add("--image", type=Path, metavar="FILE", help="begin with this picture, resized to the bundle's size")
+    add("--strength", type=float, metavar="X", help="above 0 to 1: how much of it goes (default: 0.8, with a mask 1)")
+    add("--mask", type=Path, metavar="FILE", help="draw only where this picture is white, the rest stays")
     add("--guidance-scale", type=float, metavar="X", help="1 or less: no guidance (default: the bundle's)")
     add(
         "--backend",

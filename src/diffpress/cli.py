@@ -199,23 +199,39 @@ def _run(options: argparse.Namespace) -> None:
     if output.suffix.lower() != ".png":
         raise errors.DiffpressError(f"{output} must end in .png: images are written as PNG")
     _check_file(output)
+    for name in ("strength", "mask"):
+        if options.image is None and getattr(options, name) is not None:
+            raise errors.DiffpressError(f"--{name} is for drawing over a picture: name it with --image")
     from tqdm import tqdm
 
     from diffpress.runtime import package
-    from diffpress.runtime.image import save_png
+    from diffpress.runtime.from_image import Source
+    from diffpress.runtime.image import open_picture, save_png
     from diffpress.runtime.pipeline import Pipeline
 
+    source = None
+    if options.image is not None:
+        mask = None if options.mask is None else open_picture(options.mask)
+        source = Source(open_picture(options.image), options.strength, mask)
     opened = package.opened(options.bundle, options.backend, not options.quiet, options.fallback)
     pipeline = Pipeline.load(opened, options.backend, options.precision, options.threads, fallback=options.fallback)
     if pipeline.note:
         print(f"diffpress: warning: {pipeline.note}: {pipeline.backend} runs it instead", file=sys.stderr)
-    with tqdm(total=len(pipeline.sampling.timesteps), desc="denoising", unit="step", disable=options.quiet) as bar:
+    steps = len(pipeline.sampling.timesteps) - (source.first(pipeline.sampling) if source else 0)
+    if options.guidance_scale is not None and (caution := pipeline.caution(options.guidance_scale)):
+        print(f"diffpress: warning: {caution}", file=sys.stderr)
+    with tqdm(total=steps, desc="denoising", unit="step", disable=options.quiet) as bar:
 
         def tick(*_: object) -> None:
             bar.update()
 
         images = pipeline(
-            [options.prompt], [options.seed], options.negative_prompt, options.guidance_scale, on_step=tick
+            [options.prompt],
+            [options.seed],
+            options.negative_prompt,
+            options.guidance_scale,
+            on_step=tick,
+            source=source,
         )
     save_png(output, images.pixels[0])
     if images.problem:

@@ -89,7 +89,8 @@ def _step(sampling: Sampling, index: int) -> _Step:
     growth = math.log(kappa_1 / kappa_0) / math.log(kappa_0 / kappa)
     # Time runs to 1 in as many parts as the model was trained on, the smallest of them t_min: (t + t_min) / (T + t_min)
     # with t = (timestep + 1) / parts, where their number drops out.
-    past = (sampling.timesteps[index] + 2) / (sampling.timesteps[0] + 2)
+    origin = sampling.timesteps[0] if sampling.origin is None else sampling.origin
+    past = (sampling.timesteps[index] + 2) / (origin + 2)
     return _Step(shrink, reach, growth, math.sqrt(shrink / (sigma_0 / sigma_1)), 0.5 * (1 - past**2))
 
 

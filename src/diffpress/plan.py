@@ -27,6 +27,10 @@ FULL = "full"  # the variant that computes everything; its graph is model.onnx
 REUSE, CONDITIONAL, MEAN = "reuse", "conditional", "mean"
 _GUIDED = {FULL: "#", REUSE: "-", CONDITIONAL: ".", MEAN: "="}  # and how people see it
 EARLIER = "@1"  # ends the name of a feature's value before the last one written
+# What a sampling schedule adds up. PRIOR is the noise that sampling began with, the same at every call; FRESH is drawn
+# anew at the call, by stochastic solvers.
+SAMPLE, OUTPUT, PRIOR, FRESH = "sample", "output", "noise", "fresh"
+Row = tuple[tuple[str, int, float], ...]  # terms: what, how many calls back, times how much
 
 
 def listed(timesteps: Sequence[float]) -> str:
@@ -46,18 +50,28 @@ def check_start(first: int, calls: int) -> None:
 class Sampling:
     """A sampling schedule, bound to one scheduler and step count, as coefficients.
 
-    Every deterministic diffusers scheduler is linear in the samples and denoiser outputs it has seen, so call i is
+    Almost every diffusers scheduler is linear in the samples, denoiser outputs and noise it has seen, so call i is
 
         output_i = denoiser(input_scale[i] * sample_i, timesteps[i])
-        sample_{i+1} = sum of coefficient * (sample_{i-lag}, output_{i-lag} or noise) over terms[i]
+        sample_{i+1} = sum of coefficient * (sample_{i-lag}, output_{i-lag}, noise or fresh) over terms[i]
 
-    `terms[i]` holds ("sample", "output" or "noise", lag, coefficient). `output` is after guidance, and where there are
-    `offsets` ([calls][C], a mean error by channel) less its own. `noise` is the one that sampling began with, of unit
-    variance: sample_0 / init_noise_sigma, with lag 0; linear solvers alone take it. Heights are in pixels.
+    `terms[i]` holds (SAMPLE, OUTPUT, PRIOR or FRESH, lag, coefficient). `output` is after guidance, and where there are
+    `offsets` ([calls][C], a mean error by channel) less its own. `noise`, the prior one, is what sampling began with,
+    of unit variance: sample_0 / init_noise_sigma, with lag 0; linear solvers alone take it. `fresh`, with lag 0, is
+    drawn at the call, of unit variance, too; with a coefficient of 0 it is drawn all the same, as diffusers does, so
+    that the draws after it stay in step. Heights are in pixels.
+
+    `levels` are (alpha, sigma) of every call and of the end: an image x0 noised for call i is
+    alpha_i * x0 + sigma_i * noise. `order` calls in a row make a step; sampling from an image begins at a step.
+
+    A solver with a memory begins anew where sampling starts in the middle, with fewer terms. `starts[first - 1]` is
+    then what is added to the rows from call `first` on, where these have lost what reaches behind it (rows at the end
+    that gain nothing are left out), or None where no sampling can begin. So DPM-Solver++ 2M has one short row for each
+    start, PNDM five, and UniPC, which never forgets, a few terms for each start and call; all from one probe.
 
     A solver that is not linear has another name than "linear". For "evodiff" the sum is the data prediction of call i,
     from which `diffpress.evodiff` makes sample_{i+1}: the probe that call i + 1 is made at, not yet a sample of its
-    level. `levels` are then (alpha, sigma) of every call and of the end.
+    level; `origin` is the timestep that it measures time by, that of the first call of the whole schedule if None.
     """
 
     scheduler: str
@@ -68,49 +82,87 @@ class Sampling:
     timesteps: tuple[float, ...]
     input_scale: tuple[float, ...]
     init_noise_sigma: float
-    terms: tuple[tuple[tuple[str, int, float], ...], ...]
+    terms: tuple[Row, ...]
     solver: str = "linear"
     levels: tuple[tuple[float, float], ...] = ()
     offsets: tuple[tuple[float, ...], ...] = ()
+    order: int = 1
+    starts: tuple[tuple[Row, ...] | None, ...] = ()
+    origin: float | None = None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise on its way."""
+        return any(kind == FRESH for row in self.terms for kind, _, _ in row)
 
     def starting(self, first: int) -> Sampling:
         """The schedule from call `first` on, for sampling that begins there with a sample of that call's level.
 
-        Raises `DiffpressError` where there is no such call, and for a solver with a memory: diffusers lets it begin
-        anew at any call, at a lower order, but that row is not in a table made for the whole schedule.
+        Raises `DiffpressError` where there is no such call, and where the solver cannot begin, see `starts`.
         """
         check_start(first, len(self.timesteps))
-        rows = self.terms[first:]
-        reaching = any(lag > index for index, row in enumerate(rows) for _, lag, _ in row)
-        if first and (reaching or self.solver != "linear"):
+        if not first:
+            return self
+        rows = [tuple(term for term in row if term[1] <= index) for index, row in enumerate(self.terms[first:])]
+        if self.starts:
+            added = self.starts[first - 1]
+            if added is None:
+                raise DiffpressError(
+                    f"sampling cannot begin at call {first}: {self.scheduler} makes a step of {self.order} calls"
+                )
+            rows[: len(added)] = [_added(row, more) for row, more in zip(rows, added, strict=False)]
+        elif any(len(row) < len(whole) for row, whole in zip(rows, self.terms[first:], strict=True)):
             raise DiffpressError(
                 f"this schedule cannot begin at call {first}: its solver ({self.scheduler}) looks back at calls before "
-                "that; compress with one that does not, such as ddim or euler"
+                "that, and the bundle does not say how it begins anew: compress again"
             )
         return replace(
             self,
             timesteps=self.timesteps[first:],
             input_scale=self.input_scale[first:],
-            terms=rows,
+            terms=tuple(rows),
+            levels=self.levels[first:],
             offsets=self.offsets[first:],
+            starts=(),
+            origin=self.timesteps[0] if self.origin is None else self.origin,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; what most schedules lack is left out, so that old versions read them."""
-        document = {**self.__dict__, "terms": [[list(term) for term in row] for row in self.terms]}
+        document = {**self.__dict__, "terms": _as_lists(self.terms)}
         rare = {name: [list(row) for row in document.pop(name)] for name in ("levels", "offsets")}
-        if self.solver == "linear":
-            del document["solver"]
+        rare["starts"] = [None if rows is None else _as_lists(rows) for rows in document.pop("starts")]
+        for name, usual in (("solver", "linear"), ("order", 1), ("origin", None)):
+            if document[name] == usual:
+                del document[name]
         return document | {name: rows for name, rows in rare.items() if rows}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sampling:
         """The inverse of `to_json`."""
-        terms = tuple(tuple((str(k), int(lag), float(c)) for k, lag, c in row) for row in data["terms"])
         vectors = {name: tuple(data[name]) for name in ("timesteps", "input_scale")}
         pairs = tuple((float(alpha), float(sigma)) for alpha, sigma in data.get("levels", ()))
         offsets = tuple(tuple(float(offset) for offset in row) for row in data.get("offsets", ()))
-        return cls(**{**data, **vectors, "terms": terms, "levels": pairs, "offsets": offsets})
+        starts = tuple(None if rows is None else _rows(rows) for rows in data.get("starts", ()))
+        tables = {"terms": _rows(data["terms"]), "levels": pairs, "offsets": offsets, "starts": starts}
+        return cls(**{**data, **vectors, **tables})
+
+
+def _as_lists(rows: Sequence[Row]) -> list[list[list[Any]]]:
+    return [[list(term) for term in row] for row in rows]
+
+
+def _rows(rows: Sequence[Sequence[Sequence[Any]]]) -> tuple[Row, ...]:
+    return tuple(tuple((str(kind), int(lag), float(c)) for kind, lag, c in row) for row in rows)
+
+
+def _added(row: Row, more: Row) -> Row:
+    """The sum of two rows of terms; what cancels out is left out."""
+    sums = {(kind, lag): c for kind, lag, c in row}
+    for kind, lag, c in more:
+        sums[kind, lag] = sums.get((kind, lag), 0.0) + c
+    changed = {(kind, lag) for kind, lag, _ in more}
+    return tuple((kind, lag, c) for (kind, lag), c in sums.items() if c or (kind, lag) not in changed)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
@@ -56,13 +55,12 @@ def test_the_table_gives_diffusers_samples(scheduler: Any, steps: int) -> None:
 @pytest.mark.parametrize(
     "scheduler",
     [
-        EulerAncestralDiscreteScheduler(**BETAS),
         DDPMScheduler(**{key: value for key, value in BETAS.items() if key != "steps_offset"}),
         DDIMScheduler(**{**SCHEDULER, "thresholding": True}),
         DDIMScheduler(**{**SCHEDULER, "clip_sample": True, "prediction_type": "epsilon"}),
     ],
-    ids=["ancestral", "ddpm", "thresholding", "clipping"],
+    ids=["ddpm", "thresholding", "clipping"],
 )
-def test_noise_and_thresholds_are_refused_by_name(scheduler: Any) -> None:
+def test_thresholds_are_refused_by_name(scheduler: Any) -> None:
     with pytest.raises(DiffpressError, match=type(scheduler).__name__):
         tabulate(scheduler, 10, 1.0, 64, 64)

@@ -1,5 +1,6 @@
 """The schedule pass: what it makes is what diffusers makes, and what makes no sense is refused with one line."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +12,15 @@ import pytest
 import torch
 
 from diffpress.benchmarks.shapes.models import SCHEDULER
-from diffpress.calibration.schedule import tabulate
+from diffpress.calibration.schedule import place, tabulate
 from diffpress.calibration.tabulated import Tabulated, playing
 from diffpress.compress import recipe
 from diffpress.compress.run import run
-from diffpress.compress.schedule.solver import SOLVERS, SchedulePass
+from diffpress.compress.schedule.solver import SOLVERS, SchedulePass, make
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, LayerQuant, Sampling
+from diffpress.runtime.noise import Generator
 from diffpress.runtime.sampler import sample
 
 
@@ -49,16 +51,24 @@ def model(scaled: torch.Tensor, timestep: Any) -> torch.Tensor:
 def walk(scheduler: Any, steps: int | None = None, **where: Any) -> torch.Tensor:
     """The sample that diffusers' own loop ends with."""
     scheduler.set_timesteps(**({"num_inference_steps": steps} | where if steps else where))
+    given = {"generator": torch.Generator().manual_seed(8), "eta": 0.0}  # as a pipeline gives them
+    options = {name: given[name] for name in given if name in inspect.signature(scheduler.step).parameters}
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3)) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, return_dict=False, **options)[0]
     return x
 
 
 def played(sampling: Sampling) -> torch.Tensor:
     """The same by the runtime."""
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3)) * sampling.init_noise_sigma
-    *_, last = sample(sampling, lambda _, scaled, t: model(torch.from_numpy(scaled), t).numpy(), x.numpy())
+    generator = Generator(8)
+    *_, last = sample(
+        sampling,
+        lambda _, scaled, t: model(torch.from_numpy(scaled), t).numpy(),
+        x.numpy(),
+        draw=lambda: generator.randn(x.shape),
+    )
     return torch.from_numpy(last)
 
 
@@ -98,7 +108,7 @@ def test_a_solver_is_diffusers_own(case: str, steps: int, work: Work) -> None:
     assert_close(walk(work.pipeline.scheduler, steps), wanted)
 
 
-@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"lcm"}))
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_every_solver_makes_a_table(solver: str, work: Work) -> None:
     sampling = made(work, solver=solver, steps=6)
     assert sampling.scheduler == SOLVERS[solver][0]
@@ -234,7 +244,9 @@ def test_what_is_wrong_is_told_when_the_recipe_is_read(fields: dict[str, Any], t
         ({"solver": "heun", "sigmas": (9.0, 3.0, 0.0)}, "use euler"),
         ({"solver": "deis", "sigmas": (9.0, 3.0, 0.0)}, "divides by zero"),
         ({"solver": "deis", "timesteps": (900, 0)}, "leave it out"),
-        ({"solver": "lcm", "steps": 4}, "adds noise"),
+        ({"solver": "lcm", "steps": 51}, "cannot make 51 steps"),
+        ({"solver": "lcm", "timesteps": (900, 500)}, "use euler"),
+        ({"solver": "euler-ancestral", "search": "gits"}, "draws noise, so that it has no exact solution"),
         ({"solver": "evodiff", "timesteps": (1000, 500)}, "timestep 1000 is outside"),
         ({"solver": "ddim", "spacing": "karras"}, "choose from: linspace, leading, trailing"),
         ({"solver": "dpm++-single", "spacing": "trailing"}, "choose from: linspace, karras"),
@@ -244,10 +256,47 @@ def test_what_is_wrong_is_told_when_the_recipe_is_read(fields: dict[str, Any], t
 )
 def test_what_does_not_fit_the_model_or_the_solver_is_refused(fields: dict[str, Any], told: str, work: Work) -> None:
     before = work.sampling
+    work.trajectories = lambda *_: pytest.fail("not asked")
     with pytest.raises(DiffpressError, match=told) as caught:
         made(work, **fields)
     assert "\n" not in str(caught.value)
     assert work.sampling is before
+
+
+@pytest.mark.parametrize("solver", ["ddim", "tcd"])
+def test_eta_is_what_diffusers_does_with_it(solver: str, work: Work) -> None:
+    plain, sampling = made(work, solver=solver, steps=6), made(work, solver=solver, steps=6, eta=0.5)
+    assert sampling.stochastic and not plain.stochastic
+    assert isinstance(work.pipeline.scheduler, Tabulated)  # a pipeline hands its scheduler another eta
+    own = work.pipeline.scheduler.base
+    step = own.step
+    own.step = lambda output, t, x, generator=None, return_dict=True: step(
+        output, t, x, eta=0.5, generator=generator, return_dict=return_dict
+    )
+    wanted = walk(own, 6)
+    del own.step
+    assert_close(played(sampling), wanted)
+    assert_close(walk(work.pipeline.scheduler, 6), wanted)
+    with pytest.raises(DiffpressError, match="euler takes no eta, ddim and tcd do"):
+        SchedulePass(solver="euler", eta=0.5)
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "unipc"])
+@pytest.mark.parametrize("where", [{"steps": 6}, {"sigmas": SIGMAS}, {"timesteps": (999, 850, 700, 455, 233, 24)}])
+def test_a_schedule_begins_at_any_step(solver: Any, where: dict[str, Any], work: Work) -> None:
+    sampling = made(work, solver=solver, **where)
+    assert len(sampling.starts) == 5 and None not in sampling.starts
+    scheduler = make(solver, own_scheduler().config, explicit="steps" not in where)
+    if "steps" in where:
+        scheduler.set_timesteps(6)
+    else:
+        place(scheduler, where.get("timesteps"), where.get("sigmas"))
+    scheduler.set_begin_index(2)
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    for t in scheduler.timesteps[2:]:
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+    assert_close(played(sampling.starting(2)), x)
+    assert work.plan().made_for.sampling.starts == ()  # type: ignore[union-attr]
 
 
 def test_it_has_to_come_first(work: Work) -> None:

@@ -144,3 +144,17 @@ def test_other_denoisers_are_refused(unet: Any) -> None:
 def test_work_starts_all_full(work: Work) -> None:
     assert work.plan().program.steps == (FULL,) * 7
     assert replace(work.plan()).temporal is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"in_channels": 9}, "takes 9 channels and answers with 4 .*'diffpress run --image --mask"),
+        ({"time_cond_proj_dim": 16}, "time_cond_proj_dim.* fuse an LCM-LoRA .* solver lcm"),
+    ],
+)
+def test_what_is_refused_says_what_to_take_instead(fields: dict[str, int], told: str, unet: Any) -> None:
+    made = type(unet).from_config({**unet.config, **fields})
+    with pytest.raises(DiffpressError, match=told) as caught:
+        family.check(made)
+    assert "\n" not in str(caught.value)

@@ -176,3 +176,27 @@ def test_a_program_that_cannot_be_guided_so_is_refused(make: Make, guidance: lis
     with pytest.raises(DiffpressError, match="guidance") as caught:
         Pipeline.load(make(steps=STEPS, program=program))
     assert "\n" not in str(caught.value)
+
+
+def test_another_guidance_scale_is_cautioned_or_refused(make: Make) -> None:
+    cached = Pipeline.load(make())
+    assert cached.caution(cached.sampling.guidance_scale) is None
+    told = cached.caution(5.0) or ""
+    assert "cached steps were made for guidance scale 3, " in told and "at 5" in told and "\n" not in told
+    cached(["a"], [1], guidance_scale=5.0)  # it runs
+
+
+def test_a_plain_bundle_takes_any_guidance_scale_but_one_with_offsets_does_not(make: Make) -> None:
+    path = make(steps=("full",) * 3)
+    pipeline = Pipeline.load(path)
+    assert pipeline.caution(5.0) is None
+    manifest = bundle.read(path).manifest
+    corrected = {**manifest, "passes": [{"name": "correct"}]}
+    bundle.write_manifest(path, corrected)
+    assert "corrections were made for guidance scale 3" in (Pipeline.load(path).caution(5.0) or "")
+    offsets = {**manifest["sampling"], "offsets": [[0.1] * 4] * 3}
+    bundle.write_manifest(path, {**corrected, "sampling": offsets})
+    pipeline = Pipeline.load(path)
+    pipeline(["a"], [1])
+    with pytest.raises(DiffpressError, match="measured at guidance scale 3, which are others at 5"):
+        pipeline(["a"], [1], guidance_scale=5.0)
