@@ -33,7 +33,7 @@ from diffpress.export import turing
 from diffpress.plan import FULL, StepProgram
 
 LIBRARIES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}  # module -> package, the preferred one first
-OTHERS = ("text_encoder", "vae_decoder")  # the components beside the denoiser that a run needs
+OTHERS = ("text_encoder", "text_encoder_2", "vae_decoder")  # what a run needs beside the denoiser, where it is there
 NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 NAMES |= {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT4: "int4"}
 LEAST = {"int4": 80, "fp8": 89}  # the oldest compute capability, times ten, that has the type
@@ -131,7 +131,8 @@ def _capabilities(trt: ModuleType) -> dict[str, Any]:
 
 def _graphs(bundle: Bundle) -> list[_Graph]:
     files = [(name, str(file), True) for name, file in bundle.manifest["graphs"].items()]
-    files += [(name, f"{name}/model.onnx", False) for name in OTHERS]
+    listed = bundle.manifest["files"]
+    files += [(name, f"{name}/model.onnx", False) for name in OTHERS if f"{name}/model.onnx" in listed]
     try:
         program = StepProgram.from_json(bundle.manifest["program"])
     except (KeyError, TypeError, AttributeError) as error:

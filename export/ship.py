@@ -12,10 +12,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import diffpress
 from diffpress.bundle import DIALECT, denoiser_bytes
+from diffpress.calibration.conditions import encode, named
+from diffpress.compress.families.unet import conditions
 from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, parity, qdq, store
@@ -25,21 +27,30 @@ from diffpress.plan import EARLIER, FULL, LayerQuant, Plan, Sampling
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 CLASS = ("_class_name", "_diffusers_version")  # what diffusers opens a configuration with
+CONSTANT = ("time_ids",)  # conditions that are the same for every text
 DEFAULTS = ("_use_default_values",)  # names of what a scheduler's file did not say
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def denoiser_specs(
-    denoiser: Any, plan: Plan, latent: tuple[int, int, int], text: tuple[int, int]
+    denoiser: Any,
+    plan: Plan,
+    latent: tuple[int, int, int],
+    text: tuple[int, int],
+    constant: Mapping[str, Tensor] | None = None,
 ) -> dict[str, GraphSpec]:
-    """A graph per variant of the step program, with example inputs for a batch of two (both guidance halves)."""
+    """A graph per variant of the step program, with example inputs for a batch of two (both guidance halves).
+
+    `text` is [T, D]; `constant` [1, ...] are the conditions that are the same for every text.
+    """
     generator = torch.Generator().manual_seed(0)
     # A timestep of the schedule: a temporal table knows no other.
     timestep = torch.tensor([plan.sampling.timesteps[len(plan.sampling.timesteps) // 2]])
     base = {
         "sample": torch.randn(2, *latent, generator=generator),
         "timestep": timestep,
-        "encoder_hidden_states": torch.randn(2, *text, generator=generator),
+        **{name: torch.randn(2, *shape, generator=generator) for name, shape in conditions(denoiser, text[0]).items()},
+        **{name: value.expand(2, *value.shape[1:]).contiguous() for name, value in (constant or {}).items()},
     }
     specs, shapes = {}, shapes_of(denoiser, plan, latent)
     for name, variant in plan.program.variants.items():
@@ -82,7 +93,7 @@ def network(pipeline: Any, folder: Path) -> Path:
         inputs = {
             "sample": torch.zeros(2, denoiser.config.in_channels, rows, columns),
             "timestep": torch.tensor([1.0, 2.0]),
-            "encoder_hidden_states": torch.zeros(2, components.tokens(pipeline), denoiser.config.cross_attention_dim),
+            **{name: torch.zeros(2, *shape) for name, shape in _conditions(pipeline).items()},
         }
         with graphs.plain_attention(denoiser):
             model = graphs.to_onnx(GraphSpec(UNetGraph(denoiser), inputs, ("out_sample",), fixed=()))
@@ -119,11 +130,11 @@ def ship(
     """
     sampling = plan.sampling
     denoiser, vae = pipeline.unet, pipeline.vae
-    latent, text = _sizes(pipeline, sampling)
+    latent, text, constant = _sizes(pipeline, sampling)
     checks: dict[str, Any] = {}
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
-        specs = denoiser_specs(denoiser, plan, latent, text)
+        specs = denoiser_specs(denoiser, plan, latent, text, constant)
         models = _models(specs, shipped, sampling, progress)
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
@@ -166,18 +177,38 @@ def ship(
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": vae.config.get("shift_factor") or 0.0,
         },
-        "text": {"hidden": text[1], "tokens": text[0]},
+        "text": _text(pipeline),
+        "conditions": {name: value[0].tolist() for name, value in constant.items()},
         "parity": checks,
         **entries,
         "sizes": {**entries.get("sizes", {}), "denoiser_compressed": denoiser_bytes(folder)},
     }
 
 
-def _sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """Of the latent [C, h, w] and of the text [T, D]."""
+def _sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, Tensor]]:
+    """Of the latent [C, h, w] and of the text [T, D]; and the conditions [1, ...] that are the same for every text."""
     denoiser, down = pipeline.unet, components.downscale(pipeline.vae)
     latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
-    return latent, (components.tokens(pipeline), denoiser.config.cross_attention_dim)
+    constant: dict[str, Tensor] = {}
+    if any(name in _conditions(pipeline) for name in CONSTANT):
+        told = named(encode(pipeline, [""], sampling)[0])
+        constant = {name: told[name] for name in CONSTANT if name in told}
+    return latent, (components.tokens(pipeline), denoiser.config.cross_attention_dim), constant
+
+
+def _conditions(pipeline: Any) -> dict[str, tuple[int, ...]]:
+    return conditions(pipeline.unet, components.tokens(pipeline))
+
+
+def _text(pipeline: Any) -> dict[str, Any]:
+    """How the runtime makes the text that the denoiser is told."""
+    return {
+        "hidden": pipeline.unet.config.cross_attention_dim,
+        "tokens": components.tokens(pipeline),
+        "encoders": components.text_entries(pipeline),
+        # Without a negative prompt, zeros stand for it, not what the encoders make of "".
+        "zeros": bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+    }
 
 
 def _models(
@@ -225,31 +256,34 @@ def _plain(config: Mapping[str, Any], private: tuple[str, ...] = ()) -> dict[str
 
 def _write_configs(pipeline: Any, scheduler: str, folder: Path) -> None:
     """The configurations of all parts; `scheduler` is the class that reads its own, also where a table plays it."""
+    texts = components.text_encoders(pipeline)
     parts: dict[str, nn.Module] = {
         "unet": pipeline.unet,
         "vae_decoder": pipeline.vae,
         "vae_encoder": pipeline.vae,
-        "text_encoder": pipeline.text_encoder,
+        **{part.name: getattr(pipeline, part.name) for part in texts},
     }
     for name, part in parts.items():
         config: Any = part.config
         (folder / name / "config.json").write_text(
             json.dumps(_plain(config.to_dict() if hasattr(config, "to_dict") else config, CLASS), indent=1)
         )
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    for part in texts:
+        getattr(pipeline, part.tokenizer).save_pretrained(folder / part.tokenizer)
+        shutil.rmtree(folder / part.tokenizer / ".cache", ignore_errors=True)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    shutil.rmtree(folder / "tokenizer" / ".cache", ignore_errors=True)
     # The classes that optimum writes, so that its pipelines find their parts.
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": type(pipeline).__name__,
         "_diffusers_version": importlib.metadata.version("diffusers"),
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["diffusers", "OnnxRuntimeModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{part.name: ["diffusers", "OnnxRuntimeModel"] for part in texts},
+        **{part.tokenizer: ["transformers", "CLIPTokenizer"] for part in texts},
         "unet": ["diffusers", "OnnxRuntimeModel"],
         "vae_decoder": ["diffusers", "OnnxRuntimeModel"],
         "vae_encoder": ["diffusers", "OnnxRuntimeModel"],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
+        **{name: pipeline.config[name] for name in ("force_zeros_for_empty_prompt",) if name in pipeline.config},
+        **({"safety_checker": [None, None]} if "safety_checker" in pipeline.config else {}),
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))

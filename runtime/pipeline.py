@@ -21,7 +21,8 @@ from diffpress.runtime import backends, sampler
 from diffpress.runtime.backends import Session
 from diffpress.runtime.image import to_pixels
 from diffpress.runtime.noise import randn
-from diffpress.runtime.program import Denoiser, open_denoiser
+from diffpress.runtime.program import HIDDEN, Denoiser, open_denoiser
+from diffpress.runtime.text import Texts
 from diffpress.runtime.tokenizer import Tokenizer
 
 # (index of the call, sample after it [N, C, h, w]); with EVODiff the probe of the next call, but for the last.
@@ -47,8 +48,7 @@ class Pipeline:
     backend: str
     precision: str
     sampling: Sampling
-    tokenizer: Tokenizer
-    text_encoder: Session
+    texts: Texts
     denoiser: Denoiser
     vae_decoder: Session
 
@@ -69,29 +69,33 @@ class Pipeline:
         bundle = source if isinstance(source, Bundle) else bundles.load(source)
         backend, precision = choose(backend, precision, bundle.manifest.get("default_backend"), backends.available())
         backends.check(backend, precision)
+
+        def open_graph(file: Path, precision: str = precision) -> Session:
+            return backends.open_session(file, backend, precision, threads)
+
         try:
             schedule, program = _schedule(bundle, sampling)
             dialect = bundle.manifest.get("dialects", {}).get(backend, {})
             chosen = {**bundle.manifest["graphs"], **dialect}
             graphs = {name: _listed(bundle, graph) for name, graph in chosen.items()}
-            tokenizer = Tokenizer.load(bundle.file("tokenizer"), bundle.manifest["text"]["tokens"])
+            opened = Texts.load(
+                bundle.manifest,
+                lambda name: Tokenizer.load(bundle.file(name), bundle.manifest["text"]["tokens"]),
+                # Always fp32: it runs once per image, and its error would be in every step.
+                lambda name: open_graph(_listed(bundle, f"{name}/model.onnx"), "fp32"),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DiffpressError(
                 f"{bundle.file(bundles.MANIFEST)} is not as diffpress wrote it ({error!r}): compress again"
             ) from error
-
-        def open_graph(file: Path, precision: str = precision) -> Session:
-            return backends.open_session(file, backend, precision, threads)
 
         return cls(
             bundle,
             backend,
             precision,
             schedule,
-            tokenizer,
-            # Always fp32: it runs once per image, and its error would be in every step.
-            open_graph(_listed(bundle, "text_encoder/model.onnx"), "fp32"),
-            open_denoiser(program, graphs, open_graph),
+            opened,
+            open_denoiser(program, graphs, open_graph, opened.added),
             open_graph(_listed(bundle, "vae_decoder/model.onnx")),
         )
 
@@ -99,7 +103,7 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
         keep_latents: bool = False,
@@ -108,7 +112,7 @@ class Pipeline:
     ) -> Images:
         """Make one picture for each prompt and seed, as diffusers would with a CPU generator per image.
 
-        `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone. Sampling begins at call
+        Without a negative prompt there is what the model was trained with in its place, mostly "". `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone. Sampling begins at call
         `start` of the schedule with `latents` [N, C, h, w], a sample of that call's level; None, which only call 0
         takes, is the noise of the seeds, which are not used otherwise. Times leave out what happens once per batch size
         (compilation). Raises `DiffpressError` for arguments that make no sense.
@@ -119,18 +123,18 @@ class Pipeline:
         shape = (1, *(self.bundle.manifest["latent"][name] for name in ("channels", "height", "width")))
         _check_latents(latents, (count, *shape[1:]), start)
         sampling, denoiser = self.sampling.starting(start), self.denoiser.starting(start)
-        self.text_encoder.prepare(count + guided)
+        self.texts.prepare(count + guided)
         denoiser.prepare(count, guided)
         self.vae_decoder.prepare(1)
 
         started = perf_counter()
-        hidden = self._encode(prompts, negative_prompt if guided else None)
+        told = self.texts.encode(prompts, negative_prompt, guided)
         encoded = perf_counter()
         if latents is None:
             latents = np.concatenate([randn(seed, shape) for seed in seeds])
             latents = latents * np.float32(self.sampling.init_noise_sigma)
         kept, ticks = [], [perf_counter()]
-        denoise = denoiser.start(hidden, sampling.timesteps)
+        denoise = denoiser.start(told.pop(HIDDEN), sampling.timesteps, told)
         samples = sampler.sample(sampling, guide(denoise, scale, denoiser.program), latents)
         for index, latents in enumerate(samples, start):
             ticks.append(perf_counter())
@@ -151,15 +155,6 @@ class Pipeline:
             [(after - before) * 1e3 for before, after in pairwise(ticks)],
             find_problem(latents, decoded, pixels),
         )
-
-    def _encode(self, prompts: Sequence[str], negative_prompt: str | None) -> np.ndarray:
-        """Text features [N, T, D], or [2 N, T, D] with the negative prompt's rows first."""
-        negative = [] if negative_prompt is None else [negative_prompt]
-        ids = self.tokenizer.encode([*negative, *prompts])
-        hidden = self.text_encoder.run({"input_ids": ids})["last_hidden_state"]
-        if negative_prompt is None:
-            return hidden
-        return np.concatenate([np.repeat(hidden[:1], len(prompts), axis=0), hidden[1:]])
 
     def _decode(self, latents: np.ndarray) -> np.ndarray:
         """Floats [N, 3, H, W]; one image at a time, which costs nothing on a CPU and needs the memory of one."""
@@ -258,8 +253,9 @@ def _has_temporal_table(bundle: Bundle) -> bool:
     return json.loads(file.read_text("utf-8")).get("temporal") is not None
 
 
-def _check_arguments(prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str, scale: float) -> None:
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in [*prompts, negative_prompt]):
+def _check_arguments(prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str | None, scale: float) -> None:
+    texts = [*prompts, negative_prompt or ""]
+    if isinstance(prompts, str) or not all(isinstance(text, str) for text in texts):
         raise DiffpressError("prompts must be a list of texts and negative_prompt a text")
     if not prompts:
         raise DiffpressError("there is no prompt: give at least one")

@@ -101,7 +101,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("prompt", metavar="PROMPT", help="what the image shows")
     add("-o", "--output", required=True, type=Path, metavar="FILE", help="a .png file, replaced if it exists")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the starting noise (default: 0)")
-    add("--negative-prompt", default="", metavar="TEXT", help="what the image should not show")
+    add("--negative-prompt", metavar="TEXT", help="what the image should not show")
     add("--guidance-scale", type=float, metavar="X", help="1 or less: no guidance (default: the bundle's)")
     add("--backend", choices=("auto", "onnxruntime", "openvino"), default="auto", help="default: %(default)s")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: %(default)s")
