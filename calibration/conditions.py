@@ -1,7 +1,7 @@
 """What a denoiser is told beside the sample and the timestep: text, and what its family adds to it.
 
-Most are told a text alone, which is then a plain tensor [N, T, D]. Where there is more, all of it is `Conditions`, which
-is cut, moved and joined as the tensor would be; so that what only hands the text on need not know.
+Most are told a text alone, which is then a plain tensor [N, T, D]. Where there is more, all of it is `Conditions`,
+which is cut, moved and joined as the tensor would be; so that what only hands the text on need not know.
 """
 
 from __future__ import annotations

@@ -81,7 +81,9 @@ def text_parts(pipeline: Any) -> list[tuple[str, str]]:
 
 def _check_class(name: str) -> None:
     if name not in CLASSES:
-        raise DiffpressError(f"pipeline class {name} is not supported yet: diffpress compresses {' and '.join(CLASSES)}")
+        raise DiffpressError(
+            f"pipeline class {name} is not supported yet: diffpress compresses {' and '.join(CLASSES)}"
+        )
 
 
 def _check_folder(folder: Path, model: str) -> None:

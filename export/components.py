@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffpress.calibration.model import text_parts
+from diffpress.compress.families import texts
+from diffpress.compress.families.texts import LAST, STATES
 from diffpress.export.graphs import GraphSpec
-
-LAST, POOLED, STATES = "last_hidden_state", "text_embeds", "hidden_states"
-
-
-@dataclass(frozen=True)
-class TextPart:
-    """A text encoder, and what of its graph's outputs the denoiser is told: `hidden` as text, `added` by their names."""
-
-    name: str
-    tokenizer: str
-    hidden: str
-    added: tuple[str, ...] = ()
-
-
-def text_encoders(pipeline: Any) -> list[TextPart]:
-    """The pipeline's text encoders; what they say of each token is joined.
-
-    One alone is asked for its last state; of two, both are asked for the state before the last layer, and the second
-    for its embedding of the whole text (Podell et al. 2023, SDXL, Section 2.1).
-    """
-    pairs = text_parts(pipeline)
-    if len(pairs) == 1:
-        return [TextPart(*pairs[0], LAST)]
-    states = [f"{STATES}.{getattr(pipeline, name).config.num_hidden_layers - 1}" for name, _ in pairs]
-    added: tuple[tuple[str, ...], ...] = ((), (POOLED,))
-    return [TextPart(*pair, state, more) for pair, state, more in zip(pairs, states, added, strict=True)]
-
-
-def text_entries(pipeline: Any) -> list[dict[str, Any]]:
-    """The same for the manifest."""
-    return [{**asdict(part), "added": list(part.added)} for part in text_encoders(pipeline)]
 
 
 class TextEncoder(nn.Module):
-    """input_ids [N, T] to the `outputs` of a CLIP text model: states [N, T, D] and the embedding of the text [N, D']."""
+    """input_ids [N, T] to the `outputs` of a CLIP text model: states [N, T, D], the embedding of the text [N, D']."""
 
     def __init__(self, encoder: Any, outputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -59,12 +28,6 @@ class TextEncoder(nn.Module):
             made.hidden_states[int(name.rpartition(".")[2])] if name.startswith(STATES) else getattr(made, name)
             for name in self.outputs
         )
-
-
-def _outputs(encoder: Any, part: TextPart) -> tuple[str, ...]:
-    """All that ONNX pipelines look for: where a state in the middle is asked for, every one of them."""
-    layers = encoder.config.num_hidden_layers if part.hidden != LAST else 0
-    return (*part.added, LAST, *(f"{STATES}.{index}" for index in range(layers)))
 
 
 class VaeDecoder(nn.Module):
@@ -96,19 +59,19 @@ def specs(pipeline: Any, height: int, width: int) -> dict[str, GraphSpec]:
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(2, vae.config.latent_channels, height // down, width // down, generator=generator)
     image = torch.rand(2, vae.config.in_channels, height, width, generator=generator) * 2 - 1
-    texts = {}
-    for part in text_encoders(pipeline):
+    encoders = {}
+    for part in texts.text_encoders(pipeline):
         encoder, tokenizer = getattr(pipeline, part.name), getattr(pipeline, part.tokenizer)
         encoded = tokenizer(
             ["a large red circle", ""],
             padding="max_length",
-            max_length=tokens(pipeline),
+            max_length=texts.tokens(pipeline),
             truncation=True,
             return_tensors="pt",
         )
-        outputs = _outputs(encoder, part)
-        texts[part.name] = GraphSpec(TextEncoder(encoder, outputs), {"input_ids": encoded.input_ids}, outputs)
-    return texts | {
+        outputs = texts.outputs(encoder, part)
+        encoders[part.name] = GraphSpec(TextEncoder(encoder, outputs), {"input_ids": encoded.input_ids}, outputs)
+    return encoders | {
         "vae_decoder": GraphSpec(VaeDecoder(vae), {"latent_sample": latent}, ("sample",)),
         "vae_encoder": GraphSpec(VaeEncoder(vae), {"sample": image}, ("latent_parameters",)),
     }
@@ -117,8 +80,3 @@ def specs(pipeline: Any, height: int, width: int) -> dict[str, GraphSpec]:
 def downscale(vae: Any) -> int:
     """Pixels along one side of a latent."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
-def tokens(pipeline: Any) -> int:
-    """Length of an encoded prompt."""
-    return int(pipeline.tokenizer.model_max_length)

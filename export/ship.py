@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import diffpress
 from diffpress.bundle import DIALECT, denoiser_bytes
-from diffpress.calibration.conditions import encode, named
+from diffpress.compress.families import texts
 from diffpress.compress.families.unet import conditions
 from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes
 from diffpress.compress.numerics.simulate import simulated
@@ -27,7 +27,6 @@ from diffpress.plan import EARLIER, FULL, LayerQuant, Plan, Sampling
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 CLASS = ("_class_name", "_diffusers_version")  # what diffusers opens a configuration with
-CONSTANT = ("time_ids",)  # conditions that are the same for every text
 DEFAULTS = ("_use_default_values",)  # names of what a scheduler's file did not say
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -93,7 +92,7 @@ def network(pipeline: Any, folder: Path) -> Path:
         inputs = {
             "sample": torch.zeros(2, denoiser.config.in_channels, rows, columns),
             "timestep": torch.tensor([1.0, 2.0]),
-            **{name: torch.zeros(2, *shape) for name, shape in _conditions(pipeline).items()},
+            **{name: torch.zeros(2, *shape) for name, shape in conditions(denoiser, texts.tokens(pipeline)).items()},
         }
         with graphs.plain_attention(denoiser):
             model = graphs.to_onnx(GraphSpec(UNetGraph(denoiser), inputs, ("out_sample",), fixed=()))
@@ -177,7 +176,7 @@ def ship(
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": vae.config.get("shift_factor") or 0.0,
         },
-        "text": _text(pipeline),
+        "text": texts.entry(pipeline),
         "conditions": {name: value[0].tolist() for name, value in constant.items()},
         "parity": checks,
         **entries,
@@ -189,26 +188,8 @@ def _sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tup
     """Of the latent [C, h, w] and of the text [T, D]; and the conditions [1, ...] that are the same for every text."""
     denoiser, down = pipeline.unet, components.downscale(pipeline.vae)
     latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
-    constant: dict[str, Tensor] = {}
-    if any(name in _conditions(pipeline) for name in CONSTANT):
-        told = named(encode(pipeline, [""], sampling)[0])
-        constant = {name: told[name] for name in CONSTANT if name in told}
-    return latent, (components.tokens(pipeline), denoiser.config.cross_attention_dim), constant
-
-
-def _conditions(pipeline: Any) -> dict[str, tuple[int, ...]]:
-    return conditions(pipeline.unet, components.tokens(pipeline))
-
-
-def _text(pipeline: Any) -> dict[str, Any]:
-    """How the runtime makes the text that the denoiser is told."""
-    return {
-        "hidden": pipeline.unet.config.cross_attention_dim,
-        "tokens": components.tokens(pipeline),
-        "encoders": components.text_entries(pipeline),
-        # Without a negative prompt, zeros stand for it, not what the encoders make of "".
-        "zeros": bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
-    }
+    size = texts.tokens(pipeline), denoiser.config.cross_attention_dim
+    return latent, size, texts.constant(pipeline, sampling)
 
 
 def _models(
@@ -256,19 +237,19 @@ def _plain(config: Mapping[str, Any], private: tuple[str, ...] = ()) -> dict[str
 
 def _write_configs(pipeline: Any, scheduler: str, folder: Path) -> None:
     """The configurations of all parts; `scheduler` is the class that reads its own, also where a table plays it."""
-    texts = components.text_encoders(pipeline)
+    encoders = texts.text_encoders(pipeline)
     parts: dict[str, nn.Module] = {
         "unet": pipeline.unet,
         "vae_decoder": pipeline.vae,
         "vae_encoder": pipeline.vae,
-        **{part.name: getattr(pipeline, part.name) for part in texts},
+        **{part.name: getattr(pipeline, part.name) for part in encoders},
     }
     for name, part in parts.items():
         config: Any = part.config
         (folder / name / "config.json").write_text(
             json.dumps(_plain(config.to_dict() if hasattr(config, "to_dict") else config, CLASS), indent=1)
         )
-    for part in texts:
+    for part in encoders:
         getattr(pipeline, part.tokenizer).save_pretrained(folder / part.tokenizer)
         shutil.rmtree(folder / part.tokenizer / ".cache", ignore_errors=True)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
@@ -277,8 +258,8 @@ def _write_configs(pipeline: Any, scheduler: str, folder: Path) -> None:
         "_class_name": type(pipeline).__name__,
         "_diffusers_version": importlib.metadata.version("diffusers"),
         "scheduler": ["diffusers", scheduler],
-        **{part.name: ["diffusers", "OnnxRuntimeModel"] for part in texts},
-        **{part.tokenizer: ["transformers", "CLIPTokenizer"] for part in texts},
+        **{part.name: ["diffusers", "OnnxRuntimeModel"] for part in encoders},
+        **{part.tokenizer: ["transformers", "CLIPTokenizer"] for part in encoders},
         "unet": ["diffusers", "OnnxRuntimeModel"],
         "vae_decoder": ["diffusers", "OnnxRuntimeModel"],
         "vae_encoder": ["diffusers", "OnnxRuntimeModel"],

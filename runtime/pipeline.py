@@ -112,10 +112,11 @@ class Pipeline:
     ) -> Images:
         """Make one picture for each prompt and seed, as diffusers would with a CPU generator per image.
 
-        Without a negative prompt there is what the model was trained with in its place, mostly "". `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone. Sampling begins at call
-        `start` of the schedule with `latents` [N, C, h, w], a sample of that call's level; None, which only call 0
-        takes, is the noise of the seeds, which are not used otherwise. Times leave out what happens once per batch size
-        (compilation). Raises `DiffpressError` for arguments that make no sense.
+        Where no negative prompt is given stands what the model was trained with, mostly "". `guidance_scale` None takes
+        the schedule's; 1 or less runs the conditional half alone. Sampling begins at call `start` of the schedule with
+        `latents` [N, C, h, w], a sample of that call's level; None, which only call 0 takes, is the noise of the seeds,
+        which are not used otherwise. Times leave out what happens once per batch size (compilation). Raises
+        `DiffpressError` for arguments that make no sense.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         _check_arguments(prompts, seeds, negative_prompt, scale)

@@ -150,7 +150,11 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_2=second,
         unet=unet,
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
         ),
         add_watermarker=False,
     ).save_pretrained(folder)

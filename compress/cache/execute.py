@@ -99,7 +99,7 @@ class CachedDenoiser(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Of the U-Net, as the three below: what a pipeline asks for."""
+        """Of the U-Net, as those below: what a pipeline asks for."""
         return self.unet.config
 
     @property
@@ -113,6 +113,10 @@ class CachedDenoiser(nn.Module):
     @property
     def in_channels(self) -> int:
         return self.unet.config.in_channels
+
+    @property
+    def add_embedding(self) -> Any:
+        return self.unet.add_embedding
 
     def forward(
         self,

@@ -118,7 +118,10 @@ def measured(work: Work, anchors: Mapping[str, np.ndarray], prompts: int, text: 
     context = [state_digest(work.denoiser), work.sampling.to_json(), work.seed]
     plan = {name: wanted.tolist() for name, wanted in anchors.items()}
     key = digest(json.dumps([*context, plan]), work.quantization)
-    files = [work.scratch / "changes" / f"{key}-{_hash(conditions.contents(call.text))}-{index}" for index, call in enumerate(calls)]
+    files = [
+        work.scratch / "changes" / f"{key}-{_hash(conditions.contents(call.text))}-{index}"
+        for index, call in enumerate(calls)
+    ]
 
     @torch.no_grad()
     def make(index: int) -> None:
@@ -170,7 +173,9 @@ def savings(work: Work, names: Collection[str]) -> tuple[dict[str, float], float
     return found, whole
 
 
-def _operations(unet: Any, reads: tuple[str, ...], inputs: tuple[Tensor, Tensor, Text]) -> tuple[float, dict[str, float]]:
+def _operations(
+    unet: Any, reads: tuple[str, ...], inputs: tuple[Tensor, Tensor, Text]
+) -> tuple[float, dict[str, float]]:
     """Of a graph, and of every module in it by its path."""
     features = UNetGraph(unet, writes=reads)(*inputs)[1:] if reads else ()
     counter = FlopCounterMode(display=False)

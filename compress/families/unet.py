@@ -201,7 +201,7 @@ def time_layers(unet: Any) -> dict[str, nn.Linear]:
     """Module path to the linear layers that depend on the timestep alone: the embedding's, and every projection of it.
 
     The "temporal information block" of Huang et al. 2024 (TFMQ-DM, Section 4.1). Empty once a table replaces it. Where
-    conditions are added to the embedding, what projects the sum depends on them, too, and the embedding is all there is.
+    conditions are added to the embedding, what projects the sum depends on them, too, and the embedding alone counts.
     """
     own = {
         name: module

@@ -94,9 +94,10 @@ class UNetGraph(nn.Module):
     """A U-Net that takes the features `reads` instead of computing them, and hands out the features `writes`.
 
     Inputs: sample [N, C, H, W], timestep [1] or [N], encoder_hidden_states [N, T, D] and the conditions that the U-Net
-    adds, each or all as one (`calibration.conditions`), then the features in the order of `reads`. Output: (out_sample [N, C, H, W], then the features in the order of `writes`). A feature named in
-    `corrections` is corrected by the row of the timestep before it is used. Raises `DiffpressError` for features that
-    the U-Net does not have, or that cannot be read together.
+    adds, each or all as one (`calibration.conditions`), then the features in the order of `reads`. Output: (out_sample
+    [N, C, H, W], then the features in the order of `writes`). A feature named in `corrections` is corrected by the row
+    of the timestep before it is used. Raises `DiffpressError` for features that the U-Net does not have, or that cannot
+    be read together.
     """
 
     def __init__(

@@ -22,7 +22,6 @@ from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import TemporalTable
 
-
 EMBEDDING = "time_embedding"
 
 
@@ -148,6 +147,4 @@ class TemporalTablePass:
         install(work.denoiser, work.temporal)
         removed = before - sum(parameter.numel() for parameter in work.denoiser.parameters())
         rows, blocks = len(work.temporal.timesteps), len(work.temporal.tables)
-        return (
-            f"{blocks} time features became tables of {rows} rows; {removed / 1e6:.2f} M parameters left the graph"
-        )
+        return f"{blocks} time features became tables of {rows} rows; {removed / 1e6:.2f} M parameters left the graph"
