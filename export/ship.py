@@ -23,11 +23,13 @@ from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, parity, qdq, store
 from diffpress.export.deploy import deployable, settled
 from diffpress.export.graphs import GraphSpec
+from diffpress.export.parity import Expected
 from diffpress.plan import EARLIER, FULL, LayerQuant, Plan, Sampling
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 CLASS = ("_class_name", "_diffusers_version")  # what diffusers opens a configuration with
 DEFAULTS = ("_use_default_values",)  # names of what a scheduler's file did not say
+LARGE = 512 * 512  # pixels above which one picture is enough for a comparison: a VAE takes gigabytes for each
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -109,7 +111,7 @@ def variants(pipeline: Any, plan: Plan, folder: Path, progress: Progress) -> dic
     denoiser = pipeline.unet
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
-        specs = denoiser_specs(denoiser, plan, *_sizes(pipeline, plan.sampling))
+        specs = denoiser_specs(denoiser, plan, *sizes(pipeline, plan.sampling))
         store.save(_models(specs, shipped, plan.sampling, progress), folder)
     return {name: folder / file_of(name) for name in specs}
 
@@ -122,38 +124,48 @@ def ship(
     entries: Mapping[str, Any],
     progress: Progress,
     sensitivity: Sequence[Mapping[str, Any]] = (),
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows).
 
-    `sensitivity` are rows by layer that `plan/layers.json` takes in.
+    `sensitivity` are rows by layer that `plan/layers.json` takes in. Without `keep` the denoiser's weights are given up
+    on the way, so that there never are two copies of them in memory; the pipeline is of no use then.
     """
     sampling = plan.sampling
     denoiser, vae = pipeline.unet, pipeline.vae
-    latent, text, constant = _sizes(pipeline, sampling)
+    latent, text, constant = sizes(pipeline, sampling)
     checks: dict[str, Any] = {}
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
-    with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
+    expected: dict[str, list[Expected]] = {}
+    with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization, keep):
         specs = denoiser_specs(denoiser, plan, latent, text, constant)
         models = _models(specs, shipped, sampling, progress)
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
         store.save({**models, **dialects}, folder / "unet")
-        with simulated(denoiser, shipped, sampling.timesteps):
-            for name, spec in progress(specs.items(), "checking the denoiser"):
-                for file in (file_of(name), dialect_file_of(name)):
-                    if file in models or file in dialects:
-                        sizes = {2, *plan.program.halves(name)}  # batches of one image
-                        checks[f"unet/{file}"] = _checked(folder / "unet" / file, spec, sizes)
+        with simulated(denoiser, shipped, sampling.timesteps, keep):
+            for name, spec in progress(specs.items(), "computing what graphs have to give"):
+                batches = sorted({2, *plan.program.halves(name)})  # of one image
+                expected[name] = [_expected(spec, size) for size in batches]
+    table = layers.rows(denoiser, plan.quantization, sensitivity)
+    if not keep:
+        denoiser.to("meta")  # shapes alone: the graphs are compared in the memory that this frees
+    for name, wanted in progress(expected.items(), "checking the denoiser"):
+        for file in (file_of(name), dialect_file_of(name)):
+            if file in models or file in dialects:
+                checks[f"unet/{file}"] = _worst([parity.compare(folder / "unet" / file, one) for one in wanted])
+    features = {name: list(value.shape[1:]) for (one, *_) in expected.values() for name, value in one.outputs.items()}
+    del features["out_sample"]
     for name, spec in progress(
         components.specs(pipeline, sampling.height, sampling.width).items(), "exporting the rest"
     ):
         model = graphs.to_onnx(spec)
         graphs.finish(model)
         store.save({"model.onnx": model}, folder / name)
-        checks[f"{name}/model.onnx"] = _checked(folder / name / "model.onnx", spec)
+        inputs = _cut(spec, 2 if sampling.height * sampling.width <= LARGE else 1)
+        checks[f"{name}/model.onnx"] = parity.check(folder / name / "model.onnx", spec.module, inputs, spec.outputs)
     _write_configs(pipeline, sampling.scheduler, folder)
     plan.save(folder / "plan")
-    table = layers.rows(denoiser, plan.quantization, sensitivity)
     (folder / "plan" / "layers.json").write_text(json.dumps(table, indent=1))
     return {
         "diffpress": diffpress.__version__,
@@ -168,7 +180,7 @@ def ship(
                 name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in dialects
             }
         },
-        "features": {name: list(shape) for name, shape in shapes_of(denoiser, plan, latent).items()},
+        "features": features,
         "latent": {
             "channels": latent[0],
             "height": latent[1],
@@ -184,7 +196,7 @@ def ship(
     }
 
 
-def _sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, Tensor]]:
+def sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, Tensor]]:
     """Of the latent [C, h, w] and of the text [T, D]; and the conditions [1, ...] that are the same for every text."""
     denoiser, down = pipeline.unet, components.downscale(pipeline.vae)
     latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
@@ -199,8 +211,9 @@ def _models(
     models = {}
     for name, spec in progress(specs.items(), "exporting the denoiser"):
         models[file_of(name)] = graphs.to_onnx(spec)
+    packed: qdq.Packed = {}
     for model in models.values():
-        qdq.insert(model, shipped, sampling.timesteps)
+        qdq.insert(model, shipped, sampling.timesteps, packed=packed)
         graphs.finish(model)
     return models
 
@@ -212,13 +225,18 @@ def schedule(sampling: Sampling, scheduler: Any) -> dict[str, Any]:
     return {"sampling": sampling.to_json(), "scheduler": {"class": sampling.scheduler, "config": config}}
 
 
-def _checked(file: Path, spec: GraphSpec, sizes: Iterable[int] = (2,)) -> dict[str, Any]:
-    """The worst entry of the graph's check with its example inputs cut to each of these batch sizes."""
-    found = []
-    for size in sizes:
-        inputs = {name: value if name in spec.fixed else value[:size] for name, value in spec.inputs.items()}
-        found.append(parity.check(file, spec.module, inputs, spec.outputs))
-    return max(found, key=lambda entry: entry["max_rel_l2"] / entry["tolerance"])
+def _cut(spec: GraphSpec, size: int) -> dict[str, Tensor]:
+    """The graph's example inputs, a batch of `size` of them."""
+    return {name: value if name in spec.fixed else value[:size] for name, value in spec.inputs.items()}
+
+
+def _expected(spec: GraphSpec, size: int) -> Expected:
+    return parity.expected(spec.module, _cut(spec, size), spec.outputs)
+
+
+def _worst(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the entries of a graph's checks the one nearest to its tolerance."""
+    return dict(max(found, key=lambda entry: entry["max_rel_l2"] / entry["tolerance"]))
 
 
 def _installed(name: str) -> bool:

@@ -94,7 +94,7 @@ def compress(
             "sizes": {"denoiser_reference": 4 * parameters},
         }
         sensitivity = work.tables.get("sensitivity", ())
-        manifest = ship.ship(work.pipeline, work.plan(), folder, entries, work.progress, sensitivity)
+        manifest = ship.ship(work.pipeline, work.plan(), folder, entries, work.progress, sensitivity, keep=False)
         bundles.write_manifest(folder, manifest)
         made = bundles.read(folder)
         if targets:
