@@ -42,7 +42,7 @@ def small(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 
 
 def test_what_was_written_opens_and_runs(small: tuple[str, Path, Any]) -> None:
-    name, folder, found = small
+    _, folder, found = small
     pipeline = load_pipeline(str(folder / "model"))
     assert sum(p.numel() for p in pipeline.unet.parameters()) == found["parameters"]["unet"]
     kept = pipeline.unet.state_dict()
