@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffpress.calibration import conditions
+from diffpress.calibration.conditions import Text
 from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.calibration.sets import CalibrationSet
@@ -28,13 +30,14 @@ from diffpress.plan import FULL, Sampling
 class Call:
     """One recorded call of the denoiser, both guidance halves: sample [2, C, H, W], timestep [1], text [2, T, D].
 
+    Where the denoiser is told more than a text, `text` is all of it (`calibration.conditions`).
     `variant` is the graph of the step program that ran; `features` [2, C', H', W'] are those it read. Of a call that
     computes the conditional half alone, sample and features have one row; the last of the text is the one it takes.
     """
 
     sample: Tensor
     timestep: Tensor
-    text: Tensor
+    text: Text
     variant: str = FULL
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -53,7 +56,7 @@ def _plainly(pipeline: Any, observe: Observe) -> Iterator[None]:
 
     def watch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = torch.as_tensor(args[1], dtype=torch.float32).reshape(1)
-        observe(next(indices), Call(args[0].clone(), timestep, kwargs["encoder_hidden_states"]))
+        observe(next(indices), Call(args[0].clone(), timestep, conditions.told(kwargs)))
 
     hook = pipeline.unet.register_forward_pre_hook(watch, with_kwargs=True)
     try:
@@ -171,7 +174,7 @@ def _file(folder: Path, index: int) -> Path:
 
 def _write(calls: Sequence[Call], path: Path) -> None:
     """One file for one prompt, whole or not there; other processes may write the same."""
-    tensors = {"text": calls[0].text}
+    tensors = {_stored(name): value for name, value in conditions.named(calls[0].text).items()}
     for index, call in enumerate(calls):
         tensors |= {f"{index}/sample": call.sample, f"{index}/timestep": call.timestep}
         tensors |= {f"{index}/feature/{name}": feature for name, feature in call.features.items()}
@@ -185,9 +188,16 @@ def _write(calls: Sequence[Call], path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _stored(condition: str) -> str:
+    """What a condition is called in a file of recordings."""
+    return "text" if condition == conditions.TEXT else f"text/{condition}"
+
+
 def _read(path: Path) -> Iterator[Call]:
     with safe_open(path, framework="pt") as file:
-        names, text = set(file.keys()), file.get_tensor("text")
+        names = set(file.keys())
+        added = [name.removeprefix("text/") for name in sorted(names) if name.startswith("text/")]
+        text = conditions.of({name: file.get_tensor(_stored(name)) for name in (conditions.TEXT, *added)})
         for index, variant in enumerate(json.loads(file.metadata()["variants"])):
             start = f"{index}/feature/"
             features = {

@@ -16,6 +16,12 @@ from diffpress.calibration.lora import Lora, fuse
 from diffpress.errors import DiffpressError
 
 SHAPES = "shapes"
+# By class, what is not opened: neither changes the picture but by looking at it or marking it.
+CLASSES: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -63,6 +69,25 @@ def state_digest(module: nn.Module) -> str:
     return state.hexdigest()
 
 
+def networks(pipeline: Any) -> dict[str, nn.Module]:
+    """The networks that a pipeline has, by its names for them."""
+    found = {name: getattr(pipeline, name, None) for name in PARTS}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def text_parts(pipeline: Any) -> list[tuple[str, str]]:
+    """The pipeline's names of every text encoder and its tokenizer."""
+    pairs = [(name, name.replace("text_encoder", "tokenizer")) for name in networks(pipeline)]
+    return [pair for pair in pairs if pair[0].startswith("text_encoder")]
+
+
+def _check_class(name: str) -> None:
+    if name not in CLASSES:
+        raise DiffpressError(
+            f"pipeline class {name} is not supported yet: diffpress compresses {' and '.join(CLASSES)}"
+        )
+
+
 def _check_folder(folder: Path, model: str) -> None:
     if not folder.is_dir():
         raise DiffpressError(f"there is no model at {model}: give a diffusers folder, a hub id or 'shapes'")
@@ -73,25 +98,28 @@ def _check_folder(folder: Path, model: str) -> None:
         name = json.loads(index.read_text("utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise DiffpressError(f"{index} cannot be read: {error}") from error
-    if name != "StableDiffusionPipeline":
-        raise DiffpressError(
-            f"pipeline class {name} is not supported yet: diffpress compresses StableDiffusionPipeline"
-        )
+    _check_class(name)
 
 
-def _check_tokenizer(pipeline: Any, model: str) -> None:
+def _check_parts(pipeline: Any, model: str) -> None:
     """transformers makes an empty tokenizer up where files are missing; every prompt would be the same to it."""
-    tokens, expected = len(pipeline.tokenizer), pipeline.text_encoder.config.vocab_size
-    if tokens < expected or pipeline.tokenizer.model_max_length > pipeline.text_encoder.config.max_position_embeddings:
-        raise DiffpressError(
-            f"model {model} has no whole tokenizer ({tokens} tokens, its text encoder knows {expected}): "
-            "check that tokenizer/ has all its files"
-        )
+    for encoder, tokenizer in text_parts(pipeline):
+        config, given = getattr(pipeline, encoder).config, getattr(pipeline, tokenizer)
+        if len(given) < config.vocab_size or given.model_max_length > config.max_position_embeddings:
+            raise DiffpressError(
+                f"model {model} has no whole tokenizer ({len(given)} tokens, its text encoder knows "
+                f"{config.vocab_size}): check that {tokenizer}/ has all its files"
+            )
+    lengths = {getattr(pipeline, tokenizer).model_max_length for _, tokenizer in text_parts(pipeline)}
+    if len(lengths) > 1:
+        raise DiffpressError(f"model {model} has tokenizers of different lengths, {sorted(lengths)}: not supported yet")
+    if pipeline.vae.config.get("latents_mean") is not None:
+        raise DiffpressError(f"model {model} has a VAE that centres its latents (latents_mean): not supported yet")
 
 
 def _check_finite(pipeline: Any, model: str) -> None:
-    for name in ("unet", "vae", "text_encoder"):
-        for path, parameter in getattr(pipeline, name).named_parameters():
+    for name, network in networks(pipeline).items():
+        for path, parameter in network.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise DiffpressError(
                     f"model {model} has values that are not finite (NaN or infinite) in {name}'s {path}: "
@@ -104,31 +132,31 @@ def load_pipeline(model: str, loras: Sequence[Lora] = ()) -> Any:
 
     Raises `DiffpressError` when it is missing, broken or of a class that is not supported yet, or a LoRA does not fit.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
     folder = folder_of(model)
     if folder is not None:
         _check_folder(folder, model)
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(folder or model),
-            dtype=torch.float32,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+        name = diffusers.DiffusionPipeline.load_config(str(folder or model))["_class_name"]
+        _check_class(name)
+        pipeline = getattr(diffusers, name).from_pretrained(
+            str(folder or model), dtype=torch.float32, feature_extractor=None, **CLASSES[name]
         )
+    except DiffpressError:
+        raise
     # diffusers, transformers, safetensors and json each raise their own kind for a file that is absent or cut short.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise DiffpressError(f"model {model} could not be loaded, check that it is whole: {reason}") from error
-    _check_tokenizer(pipeline, model)
+    _check_parts(pipeline, model)
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in networks(pipeline).values():
         # A checkpoint stored in half precision must not stay there: the reference is float32.
         part.to(torch.float32)
     fuse(pipeline, loras)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in networks(pipeline).values():
         part.eval().requires_grad_(False)
     _check_finite(pipeline, model)
     return pipeline

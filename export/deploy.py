@@ -9,7 +9,7 @@ and, doubled, in int8.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from diffpress.compress.numerics.formats import Format, fake_quant, get, to_grid
-from diffpress.compress.numerics.simulate import replaced, rounded_weights
+from diffpress.compress.numerics.simulate import replaced, round_in_place, rounded_weights
 from diffpress.plan import LayerQuant
 
 WEIGHTS = ("int4", "int8", "e4m3")  # storage that graphs know, the narrower first
@@ -60,15 +60,21 @@ def types(weight: str, inputs: str | None) -> set[str]:
     return {{"e4m3": "fp8"}.get(name, name) for name in (shipped.weight_format, shipped.input_format) if name}
 
 
-def settled(denoiser: nn.Module, quantization: Mapping[str, LayerQuant]) -> AbstractContextManager[None]:
+def settled(
+    denoiser: nn.Module, quantization: Mapping[str, LayerQuant], keep: bool = True
+) -> AbstractContextManager[None]:
     """Within the block weights that ship in another format than decided are rounded to the grid that was decided.
 
-    The finer grid that they ship in would hold other numbers of a float weight than the plan's.
+    The finer grid that they ship in would hold other numbers of a float weight than the plan's. Without `keep` the
+    float weights are given up.
     """
     moved = {
         name: layer for name, layer in quantization.items() if deployable(layer).weight_format != layer.weight_format
     }
-    return replaced(denoiser, rounded_weights(denoiser, moved))
+    if keep:
+        return replaced(denoiser, rounded_weights(denoiser, moved))
+    round_in_place(denoiser, moved)
+    return nullcontext()
 
 
 def _holding(name: str, scale: np.ndarray, known: tuple[str, ...]) -> tuple[str, np.ndarray] | None:

@@ -9,11 +9,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from diffpress.errors import DiffpressError
@@ -85,16 +88,50 @@ def to_onnx(spec: GraphSpec) -> ir.Model:
                 output_names=list(spec.outputs),
                 dynamic_shapes=dynamic,
                 verbose=False,
+                optimize=False,  # it is below, without copies of weights
             )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error).strip().splitlines()[0]
             raise DiffpressError(f"{type(module).__name__} could not be exported to ONNX: {reason}") from error
-    assert program is not None
-    model = program.model
+        assert program is not None
+        model = program.model
+        del program
+        optimize_ir(model, should_fold=lambda node: False if _turned_weight(node) is not None else None)
+    _turn_weights(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape = ir.Shape(["batch", *value.shape[1:]])
     return model
+
+
+def _turned_weight(node: ir.Node) -> ir.TensorProtocol | None:
+    """The matrix that `node` transposes, which is one of the graph's weights."""
+    source = node.inputs[0] if node.op_type == "Transpose" and not node.domain else None
+    tensor = None if source is None or source.producer() is not None else source.const_value
+    return tensor if tensor is not None and len(tensor.shape) == 2 else None
+
+
+def _turn_weights(model: ir.Model) -> None:
+    """Replace transposed weights by constants that are made when they are read: all at once are another network."""
+    for node in list(model.graph):
+        tensor, turned = _turned_weight(node), node.outputs[0]
+        if tensor is None or turned.is_graph_output():
+            continue
+        rows, columns = tensor.shape.numpy()
+        value = ir.Value(
+            name=f"{node.inputs[0].name}_turned",  # type: ignore[union-attr]
+            shape=ir.Shape((columns, rows)),
+            type=ir.TensorType(tensor.dtype),
+        )
+        value.const_value = ir.LazyTensor(partial(_turned, tensor), tensor.dtype, ir.Shape((columns, rows)))
+        if value.name not in model.graph.initializers:
+            model.graph.register_initializer(value)
+        ir.convenience.replace_all_uses_with(turned, model.graph.initializers[str(value.name)])
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _turned(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype)
 
 
 def finish(model: ir.Model) -> None:

@@ -14,6 +14,7 @@ and so an r, for each row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,15 +35,25 @@ TYPES = {
 OPSETS = {"int8": 20, "e4m3": 20, "int4": 21}  # that know the type
 
 
+Packed = dict[tuple[str, bool], ir.TensorProtocol]  # weights by layer, and whether they are transposed
+
+
 def insert(
-    model: ir.Model, quantization: Mapping[str, LayerQuant], timesteps: Sequence[float] = (), prefix: str = "unet."
+    model: ir.Model,
+    quantization: Mapping[str, LayerQuant],
+    timesteps: Sequence[float] = (),
+    prefix: str = "unet.",
+    packed: Packed | None = None,
 ) -> set[str]:
     """Quantize the layers of `quantization` that `model` contains; the names of those it did.
 
     Every layer must be deployable (`export.deploy`); `timesteps` is the schedule that per-step scales belong to. A
     graph of a cached step holds few of the layers, so absence is not an error; a weight that cannot be read is.
+
+    Weights are rounded when they are written, from what they are then. Graphs of one network may share them: `packed`
+    holds those that earlier ones had.
     """
-    graph = _Graph(model, tuple(timesteps))
+    graph = _Graph(model, tuple(timesteps), {} if packed is None else packed)
     opset = model.graph.opset_imports[""]
     done: set[str] = set()
     for node in list(model.graph):
@@ -72,6 +83,7 @@ class _Graph:
 
     model: ir.Model
     timesteps: tuple[float, ...]
+    packed: Packed
     weights: dict[str, ir.Value] = field(default_factory=dict)
     shared: dict[tuple[str, ...], ir.Value] = field(default_factory=dict)
 
@@ -100,36 +112,46 @@ class _Graph:
 
 def _stored(graph: _Graph, user: ir.Node, name: str, weight: ir.Value, layer: LayerQuant) -> ir.Value:
     """The weight in its format behind a DequantizeLinear; the float one leaves the graph with its last user."""
-    assert weight.const_value is not None
-    array = torch.from_numpy(np.array(weight.const_value.numpy()))
+    tensor = weight.const_value
+    assert tensor is not None
     transposed = user.op_type == "MatMul" or (user.op_type == "Gemm" and not _flag(user, "transB"))
-    array = array.T if transposed else array  # [out, in, ...] from here on
+    sizes = tuple(reversed(tensor.shape.numpy())) if transposed else tensor.shape.numpy()  # [out, in, ...]
     scale = torch.from_numpy(layer.weight_scale)
-    if len(scale) != len(array):
-        raise DiffpressError(f"layer {name}: weight {tuple(array.shape)} does not fit {len(scale)} scales")
-    if layer.multiplier is not None:
-        array = array / torch.from_numpy(layer.multiplier).reshape(1, -1, *[1] * (array.ndim - 2))
-    grid = quantize(array, scale, get(layer.weight_format))
+    if len(scale) != sizes[0]:
+        raise DiffpressError(f"layer {name}: weight {sizes} does not fit {len(scale)} scales")
     fields = {"axis": 1 if transposed else 0}
-    flat = scale.ndim == 2 and array.ndim > 2
+    flat = scale.ndim == 2 and len(sizes) > 2
+    shape = sizes
     if scale.ndim == 2:
         # TensorRT knows blocks along the last axes alone: a kernel [out, in, kh, kw] is stored as rows [out, in kh kw].
-        grid = grid.flatten(1)
-        fields = {"axis": 0 if transposed else 1, "block_size": grid.shape[1] // scale.shape[1]}
-    if transposed:
-        grid, scale = grid.T, scale.T if scale.ndim == 2 else scale
+        shape = (sizes[0], math.prod(sizes[1:]))
+        fields = {"axis": 0 if transposed else 1, "block_size": shape[1] // scale.shape[1]}
+    shape = tuple(reversed(shape)) if transposed else shape
     kind = TYPES[layer.weight_format]
-    packed = ir.tensor(grid.contiguous().numpy().astype(kind.numpy()), dtype=kind, name=f"{name}.weight_{kind.name}")
+
+    def packed() -> ir.TensorProtocol:
+        array = torch.from_numpy(np.array(tensor.numpy()))
+        array = array.T if transposed else array
+        if layer.multiplier is not None:
+            array = array / torch.from_numpy(layer.multiplier).reshape(1, -1, *[1] * (array.ndim - 2))
+        grid = quantize(array, scale, get(layer.weight_format)).reshape(len(array), -1)
+        grid = (grid.T if transposed else grid).reshape(shape)
+        return ir.tensor(grid.contiguous().numpy().astype(kind.numpy()), dtype=kind)
+
+    key = name, transposed
+    if key not in graph.packed:
+        graph.packed[key] = ir.LazyTensor(packed, kind, ir.Shape(shape), name=f"{name}.weight_{kind.name.lower()}")
+    by_out = scale.T if transposed and scale.ndim == 2 else scale
     inputs = [
-        graph.constant(f"{name}.weight_{kind.name.lower()}", packed),
-        graph.constant(f"{name}.weight_scale", scale.contiguous().numpy().astype(np.float32)),
+        graph.constant(f"{name}.weight_{kind.name.lower()}", graph.packed[key]),
+        graph.constant(f"{name}.weight_scale", by_out.contiguous().numpy().astype(np.float32)),
     ]
     value = graph.before(user, "DequantizeLinear", inputs, f"{name}.weight_dq", None if flat else weight, **fields)
     if not flat:
         return value
-    value.type, value.shape = weight.type, ir.Shape(list(grid.shape))
-    shape = graph.constant(f"{name}.weight_shape", np.array(array.shape, np.int64))
-    return graph.before(user, "Reshape", [value, shape], f"{name}.weight_rows", weight)
+    value.type, value.shape = weight.type, ir.Shape(shape)
+    kernel = graph.constant(f"{name}.weight_shape", np.array(sizes, np.int64))
+    return graph.before(user, "Reshape", [value, kernel], f"{name}.weight_rows", weight)
 
 
 def _round_input(graph: _Graph, node: ir.Node, layer: LayerQuant) -> None:

@@ -12,34 +12,46 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import diffpress
 from diffpress.bundle import CONTROLNET, DIALECT, denoiser_bytes
+from diffpress.compress.families import texts
+from diffpress.compress.families.unet import conditions
 from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes, residual_inputs
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, lint, parity, qdq, store
 from diffpress.export.deploy import deployable, settled
 from diffpress.export.graphs import GraphSpec
+from diffpress.export.parity import Expected
 from diffpress.plan import EARLIER, FULL, LayerQuant, Plan, Sampling
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 CLASS = ("_class_name", "_diffusers_version")  # what diffusers opens a configuration with
 DEFAULTS = ("_use_default_values",)  # names of what a scheduler's file did not say
+LARGE = 512 * 512  # pixels above which one picture is enough for a comparison: a VAE takes gigabytes for each
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def denoiser_specs(
-    denoiser: Any, plan: Plan, latent: tuple[int, int, int], text: tuple[int, int]
+    denoiser: Any,
+    plan: Plan,
+    latent: tuple[int, int, int],
+    text: tuple[int, int],
+    constant: Mapping[str, Tensor] | None = None,
 ) -> dict[str, GraphSpec]:
-    """A graph per variant of the step program, with example inputs for a batch of two (both guidance halves)."""
+    """A graph per variant of the step program, with example inputs for a batch of two (both guidance halves).
+
+    `text` is [T, D]; `constant` [1, ...] are the conditions that are the same for every text.
+    """
     generator = torch.Generator().manual_seed(0)
     # A timestep of the schedule: a temporal table knows no other.
     timestep = torch.tensor([plan.sampling.timesteps[len(plan.sampling.timesteps) // 2]])
     base = {
         "sample": torch.randn(2, *latent, generator=generator),
         "timestep": timestep,
-        "encoder_hidden_states": torch.randn(2, *text, generator=generator),
+        **{name: torch.randn(2, *shape, generator=generator) for name, shape in conditions(denoiser, text[0]).items()},
+        **{name: value.expand(2, *value.shape[1:]).contiguous() for name, value in (constant or {}).items()},
     }
     specs, shapes = {}, shapes_of(denoiser, plan, latent)
     for name, variant in plan.program.variants.items():
@@ -90,7 +102,7 @@ def network(pipeline: Any, folder: Path) -> Path:
         inputs = {
             "sample": torch.zeros(2, denoiser.config.in_channels, rows, columns),
             "timestep": torch.tensor([1.0, 2.0]),
-            "encoder_hidden_states": torch.zeros(2, components.tokens(pipeline), denoiser.config.cross_attention_dim),
+            **{name: torch.zeros(2, *shape) for name, shape in conditions(denoiser, texts.tokens(pipeline)).items()},
         }
         with graphs.plain_attention(denoiser):
             model = graphs.to_onnx(GraphSpec(UNetGraph(denoiser), inputs, ("out_sample",), fixed=()))
@@ -107,7 +119,7 @@ def variants(pipeline: Any, plan: Plan, folder: Path, progress: Progress) -> dic
     denoiser = pipeline.unet
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
-        specs = denoiser_specs(denoiser, plan, *_sizes(pipeline, plan.sampling))
+        specs = denoiser_specs(denoiser, plan, *sizes(pipeline, plan.sampling))
         store.save(_models(specs, shipped, plan.sampling, progress), folder)
     return {name: folder / file_of(name) for name in specs}
 
@@ -121,31 +133,42 @@ def ship(
     progress: Progress,
     sensitivity: Sequence[Mapping[str, Any]] = (),
     controlnet: bool = False,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows).
 
-    `sensitivity` are rows by layer that `plan/layers.json` takes in; with `controlnet` there is one more graph.
+    `sensitivity` are rows by layer that `plan/layers.json` takes in; with `controlnet` there is one more graph. Without
+    `keep` the denoiser's weights are given up on the way, so that there never are two copies of them in memory; the
+    pipeline is of no use then.
     """
     sampling = plan.sampling
     denoiser, vae = pipeline.unet, pipeline.vae
-    latent, text = _sizes(pipeline, sampling)
+    latent, text, constant = sizes(pipeline, sampling)
     checks: dict[str, Any] = {}
     refused: dict[str, list[lint.Finding]] = {}  # by graph, what TensorRT cannot take or does not fuse
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
-    with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
-        specs = denoiser_specs(denoiser, plan, latent, text)
+    expected: dict[str, list[Expected]] = {}
+    with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization, keep):
+        specs = denoiser_specs(denoiser, plan, latent, text, constant)
         if controlnet:
             specs[CONTROLNET] = controlnet_spec(denoiser, specs[FULL])
         models = _models(specs, shipped, sampling, progress, refused)
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
         store.save({**models, **dialects}, folder / "unet")
-        with simulated(denoiser, shipped, sampling.timesteps):
-            for name, spec in progress(specs.items(), "checking the denoiser"):
-                for file in (file_of(name), dialect_file_of(name)):
-                    if file in models or file in dialects:
-                        sizes = {2, *plan.program.halves(name)}  # batches of one image
-                        checks[f"unet/{file}"] = _checked(folder / "unet" / file, spec, sizes)
+        with simulated(denoiser, shipped, sampling.timesteps, keep):
+            for name, spec in progress(specs.items(), "computing what graphs have to give"):
+                batches = sorted({2, *plan.program.halves(name)})  # of one image
+                expected[name] = [_expected(spec, size) for size in batches]
+    table = layers.rows(denoiser, plan.quantization, sensitivity)
+    if not keep:
+        denoiser.to("meta")  # shapes alone: the graphs are compared in the memory that this frees
+    for name, wanted in progress(expected.items(), "checking the denoiser"):
+        for file in (file_of(name), dialect_file_of(name)):
+            if file in models or file in dialects:
+                checks[f"unet/{file}"] = _worst([parity.compare(folder / "unet" / file, one) for one in wanted])
+    features = {name: list(value.shape[1:]) for (one, *_) in expected.values() for name, value in one.outputs.items()}
+    del features["out_sample"]
     for name, spec in progress(
         components.specs(pipeline, sampling.height, sampling.width).items(), "exporting the rest"
     ):
@@ -153,10 +176,10 @@ def ship(
         refused[f"{name}/model.onnx"] = lint.findings(model)
         graphs.finish(model)
         store.save({"model.onnx": model}, folder / name)
-        checks[f"{name}/model.onnx"] = _checked(folder / name / "model.onnx", spec)
+        inputs = _cut(spec, 2 if sampling.height * sampling.width <= LARGE else 1)
+        checks[f"{name}/model.onnx"] = parity.check(folder / name / "model.onnx", spec.module, inputs, spec.outputs)
     _write_configs(pipeline, sampling.scheduler, folder)
     plan.save(folder / "plan")
-    table = layers.rows(denoiser, plan.quantization, sensitivity)
     (folder / "plan" / "layers.json").write_text(json.dumps(table, indent=1))
     return {
         "diffpress": diffpress.__version__,
@@ -171,7 +194,7 @@ def ship(
                 name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in dialects
             }
         },
-        "features": {name: list(shape) for name, shape in shapes_of(denoiser, plan, latent).items()},
+        "features": features,
         "latent": {
             "channels": latent[0],
             "height": latent[1],
@@ -179,7 +202,8 @@ def ship(
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": vae.config.get("shift_factor") or 0.0,
         },
-        "text": {"hidden": text[1], "tokens": text[0]},
+        "text": texts.entry(pipeline),
+        "conditions": {name: value[0].tolist() for name, value in constant.items()},
         "parity": checks,
         "lint": {graph: [finding.to_json() for finding in found] for graph, found in refused.items() if found},
         **entries,
@@ -187,11 +211,12 @@ def ship(
     }
 
 
-def _sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """Of the latent [C, h, w] and of the text [T, D]."""
+def sizes(pipeline: Any, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, Tensor]]:
+    """Of the latent [C, h, w] and of the text [T, D]; and the conditions [1, ...] that are the same for every text."""
     denoiser, down = pipeline.unet, components.downscale(pipeline.vae)
     latent = (denoiser.config.in_channels, sampling.height // down, sampling.width // down)
-    return latent, (components.tokens(pipeline), denoiser.config.cross_attention_dim)
+    size = texts.tokens(pipeline), denoiser.config.cross_attention_dim
+    return latent, size, texts.constant(pipeline, sampling)
 
 
 def _models(
@@ -205,8 +230,9 @@ def _models(
     models = {}
     for name, spec in progress(specs.items(), "exporting the denoiser"):
         models[file_of(name)] = graphs.to_onnx(spec)
+    packed: qdq.Packed = {}
     for file, model in models.items():
-        qdq.insert(model, shipped, sampling.timesteps)
+        qdq.insert(model, shipped, sampling.timesteps, packed=packed)
         if refused is not None:
             refused[f"unet/{file}"] = lint.findings(model)  # while nodes know the module they came from
         graphs.finish(model)
@@ -220,13 +246,18 @@ def schedule(sampling: Sampling, scheduler: Any) -> dict[str, Any]:
     return {"sampling": sampling.to_json(), "scheduler": {"class": sampling.scheduler, "config": config}}
 
 
-def _checked(file: Path, spec: GraphSpec, sizes: Iterable[int] = (2,)) -> dict[str, Any]:
-    """The worst entry of the graph's check with its example inputs cut to each of these batch sizes."""
-    found = []
-    for size in sizes:
-        inputs = {name: value if name in spec.fixed else value[:size] for name, value in spec.inputs.items()}
-        found.append(parity.check(file, spec.module, inputs, spec.outputs))
-    return max(found, key=lambda entry: entry["max_rel_l2"] / entry["tolerance"])
+def _cut(spec: GraphSpec, size: int) -> dict[str, Tensor]:
+    """The graph's example inputs, a batch of `size` of them."""
+    return {name: value if name in spec.fixed else value[:size] for name, value in spec.inputs.items()}
+
+
+def _expected(spec: GraphSpec, size: int) -> Expected:
+    return parity.expected(spec.module, _cut(spec, size), spec.outputs)
+
+
+def _worst(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the entries of a graph's checks the one nearest to its tolerance."""
+    return dict(max(found, key=lambda entry: entry["max_rel_l2"] / entry["tolerance"]))
 
 
 def _installed(name: str) -> bool:
@@ -245,31 +276,34 @@ def _plain(config: Mapping[str, Any], private: tuple[str, ...] = ()) -> dict[str
 
 def _write_configs(pipeline: Any, scheduler: str, folder: Path) -> None:
     """The configurations of all parts; `scheduler` is the class that reads its own, also where a table plays it."""
+    encoders = texts.text_encoders(pipeline)
     parts: dict[str, nn.Module] = {
         "unet": pipeline.unet,
         "vae_decoder": pipeline.vae,
         "vae_encoder": pipeline.vae,
-        "text_encoder": pipeline.text_encoder,
+        **{part.name: getattr(pipeline, part.name) for part in encoders},
     }
     for name, part in parts.items():
         config: Any = part.config
         (folder / name / "config.json").write_text(
             json.dumps(_plain(config.to_dict() if hasattr(config, "to_dict") else config, CLASS), indent=1)
         )
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    for part in encoders:
+        getattr(pipeline, part.tokenizer).save_pretrained(folder / part.tokenizer)
+        shutil.rmtree(folder / part.tokenizer / ".cache", ignore_errors=True)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    shutil.rmtree(folder / "tokenizer" / ".cache", ignore_errors=True)
     # The classes that optimum writes, so that its pipelines find their parts.
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": type(pipeline).__name__,
         "_diffusers_version": importlib.metadata.version("diffusers"),
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["diffusers", "OnnxRuntimeModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{part.name: ["diffusers", "OnnxRuntimeModel"] for part in encoders},
+        **{part.tokenizer: ["transformers", "CLIPTokenizer"] for part in encoders},
         "unet": ["diffusers", "OnnxRuntimeModel"],
         "vae_decoder": ["diffusers", "OnnxRuntimeModel"],
         "vae_encoder": ["diffusers", "OnnxRuntimeModel"],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
+        **{name: pipeline.config[name] for name in ("force_zeros_for_empty_prompt",) if name in pipeline.config},
+        **({"safety_checker": [None, None]} if "safety_checker" in pipeline.config else {}),
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))

@@ -23,10 +23,11 @@ from diffpress.runtime.from_image import Begun, Source, prepare
 from diffpress.runtime.image import to_pixels
 from diffpress.runtime.noise import Generator
 from diffpress.runtime.opening import choose_opening
-from diffpress.runtime.program import Denoiser, open_denoiser
+from diffpress.runtime.program import HIDDEN, Denoiser, open_denoiser
+from diffpress.runtime.text import Texts, encoders
 from diffpress.runtime.tokenizer import Tokenizer
 
-TEXT_ENCODER, VAE_DECODER, VAE_ENCODER = "text_encoder", "vae_decoder", "vae_encoder"
+VAE_DECODER, VAE_ENCODER = "vae_decoder", "vae_encoder"
 
 # (index of the call, sample after it [N, C, h, w]); with EVODiff the probe of the next call, but for the last.
 OnStep = Callable[[int, np.ndarray], None]
@@ -51,8 +52,7 @@ class Pipeline:
     backend: str
     precision: str
     sampling: Sampling
-    tokenizer: Tokenizer
-    text_encoder: Session
+    texts: Texts
     denoiser: Denoiser
     vae_decoder: Session
     vae_encoder: Callable[[], Session]  # opened when the first picture comes in
@@ -79,24 +79,27 @@ class Pipeline:
             schedule, program = _schedule(bundle, sampling)
             known = bundle.manifest["graphs"]
             graphs = {name: str(known[name]) for name in dict.fromkeys(program.steps) if name in known}
-            tokenizer = Tokenizer.load(bundle.file("tokenizer"), bundle.manifest["text"]["tokens"])
+            names = (*dict.fromkeys(program.steps), *encoders(bundle.manifest), VAE_DECODER)
+            opening = choose_opening(bundle, names, backend, precision, threads, fallback)
+            texts = Texts.load(
+                bundle.manifest,
+                lambda name: Tokenizer.load(bundle.file(name), bundle.manifest["text"]["tokens"]),
+                # Always fp32: it runs once per image, and its error would be in every step.
+                lambda name: opening.component(name, "fp32"),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DiffpressError(
                 f"{bundle.file(bundles.MANIFEST)} is not as diffpress wrote it ({error!r}): compress again"
             ) from error
-        names = (*dict.fromkeys(program.steps), TEXT_ENCODER, VAE_DECODER)
-        opening = choose_opening(bundle, names, backend, precision, threads, fallback)
         return cls(
             bundle,
             opening.backend,
             opening.precision,
             schedule,
-            tokenizer,
-            # Always fp32: it runs once per image, and its error would be in every step.
-            opening.component(TEXT_ENCODER, "fp32"),
-            open_denoiser(program, opening.graphs(graphs), opening.open),
+            texts,
+            open_denoiser(program, opening.graphs(graphs), opening.open, texts.added),
             opening.component(VAE_DECODER),
-            # As the text encoder.
+            # As the text encoders.
             cache(lambda: opening.component(VAE_ENCODER, "fp32")),
             opening.note,
         )
@@ -105,7 +108,7 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
         keep_latents: bool = False,
@@ -115,10 +118,11 @@ class Pipeline:
     ) -> Images:
         """Make one picture for each prompt and seed, as diffusers would with a CPU generator per image.
 
-        `guidance_scale` None takes the schedule's; 1 or less runs the conditional half alone; `caution` says what
-        another one costs. Sampling begins at call `start` of the schedule with `latents` [N, C, h, w], a sample of that
-        call's level; None, which only call 0 takes, is the noise of the seeds. With a `source` it begins where its
-        strength says, from its image. Times leave out what happens once per batch size (compilation). Raises
+        Where no negative prompt is given stands what the model was trained with, mostly "". `guidance_scale` None takes
+        the schedule's; 1 or less runs the conditional half alone; `caution` says what another one costs. Sampling
+        begins at call `start` of the schedule with `latents` [N, C, h, w], a sample of that call's level; None, which
+        only call 0 takes, is the noise of the seeds. With a `source` it begins where its strength says, from its image.
+        Times leave out what happens once per batch size (compilation). Raises
         `DiffpressError` for arguments that make no sense.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
@@ -134,13 +138,13 @@ class Pipeline:
             _check_latents(latents, (count, *shape[1:]), start)
         generators = [Generator(seed) for seed in seeds]
         sampling, denoiser = self.sampling.starting(start), self.denoiser.starting(start)
-        self.text_encoder.prepare(count + guided)
+        self.texts.prepare(count + guided)
         denoiser.prepare(count, guided)
         self.vae_decoder.prepare(1)
         encoder = None if source is None else prepare(self.vae_encoder)
 
         started = perf_counter()
-        hidden = self._encode(prompts, negative_prompt if guided else None)
+        told = self.texts.encode(prompts, negative_prompt, guided)
         encoded = perf_counter()
 
         def draw() -> np.ndarray:
@@ -156,7 +160,7 @@ class Pipeline:
             begun = Begun(latents, np.zeros_like(latents) if start else None)
         begins = encoded if source is None else perf_counter()
         latents, kept, ticks = begun.latents, [], [perf_counter()]
-        denoise = guide(denoiser.start(hidden, sampling.timesteps), scale, denoiser.program)
+        denoise = guide(denoiser.start(told.pop(HIDDEN), sampling.timesteps, told), scale, denoiser.program)
         samples = sampler.sample(sampling, denoise, latents, prior=begun.noise, draw=draw, adjust=begun.adjust)
         for index, latents in enumerate(samples, start):
             ticks.append(perf_counter())
@@ -183,15 +187,6 @@ class Pipeline:
         """One line where the bundle was measured at another guidance scale, None where it does not matter."""
         passes = [str(entry.get("name")) for entry in self.bundle.manifest.get("passes", ())]
         return guidance.caution(self.sampling, self.denoiser.program, passes, guidance_scale)
-
-    def _encode(self, prompts: Sequence[str], negative_prompt: str | None) -> np.ndarray:
-        """Text features [N, T, D], or [2 N, T, D] with the negative prompt's rows first."""
-        negative = [] if negative_prompt is None else [negative_prompt]
-        ids = self.tokenizer.encode([*negative, *prompts])
-        hidden = self.text_encoder.run({"input_ids": ids})["last_hidden_state"]
-        if negative_prompt is None:
-            return hidden
-        return np.concatenate([np.repeat(hidden[:1], len(prompts), axis=0), hidden[1:]])
 
     def _decode(self, latents: np.ndarray) -> np.ndarray:
         """Floats [N, 3, H, W]; one image at a time, which costs nothing on a CPU and needs the memory of one."""
@@ -263,8 +258,9 @@ def _has_temporal_table(bundle: Bundle) -> bool:
     return json.loads(file.read_text("utf-8")).get("temporal") is not None
 
 
-def _check_arguments(prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str, scale: float) -> None:
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in [*prompts, negative_prompt]):
+def _check_arguments(prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str | None, scale: float) -> None:
+    texts = [*prompts, negative_prompt or ""]
+    if isinstance(prompts, str) or not all(isinstance(text, str) for text in texts):
         raise DiffpressError("prompts must be a list of texts and negative_prompt a text")
     if not prompts:
         raise DiffpressError("there is no prompt: give at least one")

@@ -70,15 +70,19 @@ class Denoiser:
                 )
         return found
 
-    def start(self, hidden: np.ndarray, timesteps: Sequence[float]) -> Denoise:
+    def start(
+        self, hidden: np.ndarray, timesteps: Sequence[float], added: Mapping[str, np.ndarray] | None = None
+    ) -> Denoise:
         """Begin a batch of images with its text features [N, T, D]; feature buffers live and die with what it returns.
+
+        `added` [N, ...] are the graphs' other conditions, by input.
 
         The function it returns maps (call, sample [M, C, h, w], timestep) to the output [M, C, h, w]. M may be less
         than N: the sample belongs to the last rows, the conditional half of guidance, then. `timesteps` is that of
         every call: steps that run together begin with the first of them.
         """
         kept = _Features(self, len(hidden))
-        text = self._on_device(hidden)
+        told = {name: self._on_device(name, value) for name, value in {HIDDEN: hidden, **(added or {})}.items()}
         ahead: dict[int, np.ndarray] = {}  # outputs of later steps, by the step
         together = dict(self.program.runs())
 
@@ -89,7 +93,7 @@ class Denoiser:
             session, variant = self.sessions[name], self.program.variants[name]
             rows, count = len(sample), together[index]
             feeds = {read: kept.read(read, rows, self.program.guided(index)) for read in variant.reads}
-            feeds |= {SAMPLE: sample, HIDDEN: text[-rows:]}
+            feeds |= {SAMPLE: sample, **{name: value[-rows:] for name, value in told.items()}}
             if count > 1:
                 feeds = {key: np.concatenate([value] * count) for key, value in feeds.items() if key in session.inputs}
             if TIMESTEP in session.inputs:
@@ -110,13 +114,13 @@ class Denoiser:
         session = next(iter(self.sessions.values()), None)
         return session.empty(shape, dtype) if isinstance(session, Allocating) else _aligned(shape, dtype)
 
-    def _on_device(self, hidden: np.ndarray) -> np.ndarray | DeviceArray:
-        """The text features where every call would otherwise copy them to."""
-        dtypes = {session.inputs[HIDDEN].dtype for session in self.sessions.values() if HIDDEN in session.inputs}
+    def _on_device(self, name: str, value: np.ndarray) -> np.ndarray | DeviceArray:
+        """A condition where every call would otherwise copy it to."""
+        dtypes = {session.inputs[name].dtype for session in self.sessions.values() if name in session.inputs}
         if len(dtypes) != 1:
-            return hidden
-        place = self.empty(hidden.shape, dtypes.pop())
-        return place.fill(hidden) if isinstance(place, DeviceArray) else hidden
+            return value
+        place = self.empty(value.shape, dtypes.pop())
+        return place.fill(value) if isinstance(place, DeviceArray) else value
 
 
 class _Features:
@@ -194,8 +198,16 @@ def _words(port: Port) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in port.shape) + "]"
 
 
-def open_denoiser(program: StepProgram, graphs: Mapping[str, Path], open_graph: Callable[[Path], Session]) -> Denoiser:
-    """Open the variants that the program runs; raises `DiffpressError` when a graph lacks what its variant says."""
+def open_denoiser(
+    program: StepProgram,
+    graphs: Mapping[str, Path],
+    open_graph: Callable[[Path], Session],
+    added: Sequence[str] = (),
+) -> Denoiser:
+    """Open the variants that the program runs; raises `DiffpressError` when a graph lacks what its variant says.
+
+    `added` are the conditions that they may take beside the text.
+    """
     sessions = {}
     for name in dict.fromkeys(program.steps):
         if name not in graphs:
@@ -203,7 +215,7 @@ def open_denoiser(program: StepProgram, graphs: Mapping[str, Path], open_graph: 
         session, variant = open_graph(graphs[name]), program.variants[name]
         seen = set() if variant.together > 1 else {SAMPLE}  # what runs ahead of its sample does not look at it
         missing = {*seen, *variant.reads} - session.inputs.keys() | {OUTPUT, *variant.writes} - session.outputs.keys()
-        unknown = session.inputs.keys() - {SAMPLE, TIMESTEP, HIDDEN, *variant.reads}
+        unknown = session.inputs.keys() - {SAMPLE, TIMESTEP, HIDDEN, *added, *variant.reads}
         if missing or unknown:
             what = f"lacks {', '.join(sorted(missing))}" if missing else f"asks for {', '.join(sorted(unknown))}"
             raise DiffpressError(f"{graphs[name]} {what}, unlike variant '{name}' of the step program: compress again")

@@ -85,6 +85,83 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock StableDiffusionXLPipeline of random weights: two text encoders, 32x32 pixels. Copy it before a change."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from diffpress.benchmarks.shapes import models
+
+    folder = tmp_path_factory.mktemp("tiny-xl") / "pipeline"
+    words = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = models.make_tokenizer(words)
+    # As in SDXL, the second one pads with another token than it ends with.
+    second = CLIPTokenizer.from_pretrained(words, pad_token="!")
+    texts = {
+        name: CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=models.TOKENS,
+            projection_dim=24,
+            hidden_act=act,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for name, width, layers, act in (("first", 16, 2, "quick_gelu"), ("second", 16, 3, "gelu"))
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(32, 32, 64),
+            transformer_layers_per_block=(1, 1, 2),
+            layers_per_block=2,
+            cross_attention_dim=32,
+            attention_head_dim=(1, 2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(16, 16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=32,
+            scaling_factor=0.13025,
+        )
+        text_encoder = CLIPTextModel(texts["first"])
+        text_encoder_2 = CLIPTextModelWithProjection(texts["second"])
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=second,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_balanced(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny pipeline, compressed with `balanced` for six steps. Copy it before a change."""
     from diffpress import api

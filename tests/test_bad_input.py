@@ -357,7 +357,7 @@ def test_a_compression_that_stops_halfway_leaves_nothing(
 
     if place == "diffpress.bundle.update":  # the last write of all
         place = "diffpress.bundle.write_manifest"
-        monkeypatch.setattr("diffpress.export.ship.ship", lambda *_: {})
+        monkeypatch.setattr("diffpress.export.ship.ship", lambda *_, **__: {})
     monkeypatch.setattr(place, stop)
     before = tree(tiny_pipeline)
     words = ("compress", tiny_pipeline, "--recipe", "cache", "--steps", "4", "--output", tmp_path / "b")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffpress.calibration.conditions import Text
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.cache.execute import CachedDenoiser
 from diffpress.compress.cache.program import program_of
@@ -212,7 +213,7 @@ def _true(walk: Trajectory, graph: UNetGraph, halves: int) -> list[Tensor]:
     """What `graph` writes for the sample that `walk` stands at; of the conditional half alone where `halves` is 1."""
     kept: list[Tensor] = []
 
-    def denoiser(sample: Tensor, timestep: float, text: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def denoiser(sample: Tensor, timestep: float, text: Text, return_dict: bool) -> tuple[Tensor]:
         rows = min(len(sample), halves * len(walk.sample))
         time = torch.tensor([timestep], dtype=torch.float32, device=sample.device)
         output, *features = graph(sample[-rows:], time, text[-rows:])

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpress.calibration import conditions
 from diffpress.calibration.capture import PLAIN, Call, Execution, Observe
+from diffpress.calibration.conditions import Text
 from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.errors import DiffpressError
 from diffpress.plan import EARLIER, FULL, MEAN, REUSE, Corrections, StepProgram, Variant
@@ -44,7 +46,7 @@ def replay(unet: Any, program: StepProgram, corrections: Corrections | None, cal
     text = call.text[-len(call.sample) :]
     reads = _variant(program, call.variant).reads
     if not reads:
-        return unet(call.sample, call.timestep, encoder_hidden_states=text, return_dict=False)[0]
+        return unet(call.sample, call.timestep, **conditions.arguments(text), return_dict=False)[0]
     missing = [read for read in reads if read not in call.features]
     if missing:
         raise DiffpressError(f"a call of variant '{call.variant}' was recorded without feature '{missing[0]}'")
@@ -97,7 +99,7 @@ class CachedDenoiser(nn.Module):
 
     @property
     def config(self) -> Any:
-        """Of the U-Net, as the three below: what a pipeline asks for."""
+        """Of the U-Net, as those below: what a pipeline asks for."""
         return self.unet.config
 
     @property
@@ -112,15 +114,23 @@ class CachedDenoiser(nn.Module):
     def in_channels(self) -> int:
         return self.unet.config.in_channels
 
+    @property
+    def add_embedding(self) -> Any:
+        return self.unet.add_embedding
+
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Text,
         return_dict: bool = True,
-        **conditions: Any,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        **others: Any,
     ) -> Any:
-        given = [name for name, value in conditions.items() if value is not None]
+        text = encoder_hidden_states
+        if added_cond_kwargs:
+            text = conditions.told({conditions.TEXT: text, "added_cond_kwargs": added_cond_kwargs})
+        given = [name for name, value in others.items() if value is not None]
         if given:
             raise DiffpressError(f"a step program in torch does not take {', '.join(given)}")
         time = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1)[:1]
@@ -130,8 +140,8 @@ class CachedDenoiser(nn.Module):
         guided = self.program.guided(index)
         rows = len(sample) if guided == FULL else self._half(len(sample))
         features = {read: _half_of(self._features[read], rows, guided) for read in variant.reads}
-        self._observe(index, Call(sample[-rows:].clone(), time, encoder_hidden_states, name, features))
-        output, *written = self._graphs[name](sample[-rows:], time, encoder_hidden_states[-rows:], *features.values())
+        self._observe(index, Call(sample[-rows:].clone(), time, text, name, features))
+        output, *written = self._graphs[name](sample[-rows:], time, text[-rows:], *features.values())
         for feature, value in zip(variant.writes, written, strict=True):
             if feature in self._features:
                 self._features[feature + EARLIER] = self._features[feature]

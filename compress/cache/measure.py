@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffpress.calibration import conditions
 from diffpress.calibration.capture import Call
+from diffpress.calibration.conditions import Text
 from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.compress.families.unet_graph import UNetGraph, modules
@@ -58,7 +60,7 @@ def watch_full_steps(work: Work, calls: Sequence[Call], prompt: int, names: Sequ
     walk = Trajectory(work.sampling, [calls[prompt].text], noise)
     steps = count()
 
-    def denoiser(sample: Tensor, timestep: float, text: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def denoiser(sample: Tensor, timestep: float, text: Text, return_dict: bool) -> tuple[Tensor]:
         output, *values = graph(sample, torch.tensor([timestep], dtype=torch.float32, device=device), text)
         watch(next(steps), dict(zip(names, values, strict=True)))
         return (output,)
@@ -116,7 +118,10 @@ def measured(work: Work, anchors: Mapping[str, np.ndarray], prompts: int, text: 
     context = [state_digest(work.denoiser), work.sampling.to_json(), work.seed]
     plan = {name: wanted.tolist() for name, wanted in anchors.items()}
     key = digest(json.dumps([*context, plan]), work.quantization)
-    files = [work.scratch / "changes" / f"{key}-{_hash(call.text)}-{index}" for index, call in enumerate(calls)]
+    files = [
+        work.scratch / "changes" / f"{key}-{_hash(conditions.contents(call.text))}-{index}"
+        for index, call in enumerate(calls)
+    ]
 
     @torch.no_grad()
     def make(index: int) -> None:
@@ -137,8 +142,8 @@ def measured(work: Work, anchors: Mapping[str, np.ndarray], prompts: int, text: 
     return changes
 
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _save(numbers: dict[str, np.ndarray], file: Path) -> None:
@@ -168,7 +173,9 @@ def savings(work: Work, names: Collection[str]) -> tuple[dict[str, float], float
     return found, whole
 
 
-def _operations(unet: Any, reads: tuple[str, ...], inputs: tuple[Tensor, ...]) -> tuple[float, dict[str, float]]:
+def _operations(
+    unet: Any, reads: tuple[str, ...], inputs: tuple[Tensor, Tensor, Text]
+) -> tuple[float, dict[str, float]]:
     """Of a graph, and of every module in it by its path."""
     features = UNetGraph(unet, writes=reads)(*inputs)[1:] if reads else ()
     counter = FlopCounterMode(display=False)

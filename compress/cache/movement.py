@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffpress.calibration.conditions import Text
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.numerics.simulate import simulated
@@ -42,7 +43,7 @@ def _along(work: Work, walk: Trajectory, features: Sequence[str]) -> np.ndarray:
     graph = UNetGraph(work.denoiser, writes=features)
     seen: list[list[Tensor]] = [[] for _ in features]
 
-    def denoiser(sample: Tensor, timestep: float, text: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def denoiser(sample: Tensor, timestep: float, text: Text, return_dict: bool) -> tuple[Tensor]:
         output, *values = graph(sample, torch.tensor([timestep], device=sample.device), text)
         for kept, value in zip(seen, values, strict=True):
             rows = value.flatten(1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffpress.calibration.capture import Call
+from diffpress.calibration.conditions import Text
 from diffpress.compress.families.unet_graph import UNetGraph, up
 from diffpress.compress.schedule.stepping import Trajectory, seeded
 from diffpress.compress.work import Work
@@ -111,7 +112,7 @@ class _Watched:
         self.graph = graph
         self.feature = torch.zeros(0)
 
-    def __call__(self, sample: Tensor, timestep: float, text: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+    def __call__(self, sample: Tensor, timestep: float, text: Text, return_dict: bool = False) -> tuple[Tensor]:
         output, self.feature = self.graph(sample, torch.tensor([timestep], device=sample.device), text)
         return (output,)
 
@@ -120,7 +121,7 @@ def _probe(end: Tensor, walk: Trajectory, features: Sequence[Tensor], step: int,
     """The relative change of the final latents `end` when `step` takes the feature of the step before it."""
     cached = UNetGraph(work.denoiser, (up(branch),))
 
-    def stale(sample: Tensor, timestep: float, text: Tensor, return_dict: bool = False) -> tuple[Tensor, ...]:
+    def stale(sample: Tensor, timestep: float, text: Text, return_dict: bool = False) -> tuple[Tensor, ...]:
         return cached(sample, torch.tensor([timestep], device=sample.device), text, features[step - 1])
 
     walk.advance(walk.output(stale))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from diffpress.calibration.conditions import Text
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.cache.execute import CachedDenoiser
 from diffpress.compress.families.unet import branches
@@ -17,7 +18,7 @@ from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, StepProgram, Variant
 
-Inputs = tuple[Tensor, float, Tensor]  # sample [halves N, C, h, w], timestep, text [halves N, T, D]
+Inputs = tuple[Tensor, float, Text]  # sample [halves N, C, h, w], timestep, text [halves N, T, D]
 Observe = Callable[[int, Inputs, Mapping[str, Tensor]], object]
 TINY = 1e-12  # in place of a denominator of zero
 

@@ -8,15 +8,19 @@ and up layer k consumes skip `len(up) - 1 - k`. A cache at branch b keeps the hi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from diffpress.calibration.conditions import TEXT, Text, named
 from diffpress.errors import DiffpressError
 
 # Conditions that this adapter does not pass on; a model that has one is refused by name.
-_UNSUPPORTED = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "timestep_post_act")
+_UNSUPPORTED = ("class_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "timestep_post_act")
+SIZES = 6  # numbers of a picture's size that are added to the time: original size, crop and target size
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def check(denoiser: Any) -> None:
             "a U-Net that takes the guidance scale as an input (time_cond_proj_dim, as distilled LCMs have it) is not "
             "supported yet: fuse an LCM-LoRA into the ordinary model and take the schedule pass with solver lcm"
         )
+    if getattr(denoiser.config, "addition_embed_type", None) not in (None, "text_time"):
+        set_fields.append(f"addition_embed_type {denoiser.config.addition_embed_type}")
     if set_fields:
         raise DiffpressError(f"a U-Net with {', '.join(set_fields)} is not supported yet")
     takes, gives = denoiser.config.in_channels, denoiser.config.out_channels
@@ -57,6 +63,18 @@ def check(denoiser: Any) -> None:
     for block in [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]:
         if not hasattr(block, "resnets"):
             raise DiffpressError(f"a U-Net with {type(block).__name__} is not supported yet")
+
+
+def conditions(unet: Any, tokens: int = 1) -> dict[str, tuple[int, ...]]:
+    """The inputs beside sample and timestep in their order, and the shape of each without the batch.
+
+    The text comes first; what follows is added to the time embedding, as `time_embedding` does it.
+    """
+    found: dict[str, tuple[int, ...]] = {TEXT: (tokens, unet.config.cross_attention_dim)}
+    if getattr(unet.config, "addition_embed_type", None) == "text_time":
+        pooled = unet.add_embedding.linear_1.in_features - SIZES * unet.config.addition_time_embed_dim
+        found |= {"text_embeds": (pooled,), "time_ids": (SIZES,)}
+    return found
 
 
 def _pairs(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
@@ -89,7 +107,7 @@ def branches(unet: Any) -> int:
     return len(up_layers(unet))
 
 
-def entrance(unet: Any, sample: Tensor, timesteps: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def entrance(unet: Any, sample: Tensor, timesteps: Tensor, text: Text) -> tuple[Tensor, Tensor]:
     """What caches that decide at run time look at: (modulated, residual), both [N, C, H, W], of the first layer.
 
     `modulated` is what its ResBlock makes of the normalised input and the time embedding, as its second convolution
@@ -101,7 +119,8 @@ def entrance(unet: Any, sample: Tensor, timesteps: Tensor, text: Tensor) -> tupl
     hidden = unet.conv_in(2 * sample - 1 if unet.config.center_input_sample else sample)
     hook = resnet.conv2.register_forward_pre_hook(lambda _, inputs: modulated.append(inputs[0]))
     try:
-        output = layer(hidden, time_embedding(unet, timesteps), text)
+        given = named(text)
+        output = layer(hidden, time_embedding(unet, timesteps, given), given[TEXT])
     finally:
         hook.remove()
     return modulated[0], output - hidden
@@ -114,7 +133,7 @@ def quantizable(unet: Any) -> dict[str, nn.Conv2d | nn.Linear]:
         for name, module in unet.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
         and name not in ("conv_in", "conv_out")
-        and not name.startswith("time_embedding")
+        and not name.startswith(("time_embedding", "add_embedding"))
         and not name.endswith("time_emb_proj")
     }
 
@@ -192,17 +211,33 @@ def _skip_channels(unet: Any) -> list[int]:
 def time_layers(unet: Any) -> dict[str, nn.Linear]:
     """Module path to the linear layers that depend on the timestep alone: the embedding's, and every projection of it.
 
-    The "temporal information block" of Huang et al. 2024 (TFMQ-DM, Section 4.1). Empty once a table replaces it.
+    The "temporal information block" of Huang et al. 2024 (TFMQ-DM, Section 4.1). Empty once a table replaces it. Where
+    conditions are added to the embedding, what projects the sum depends on them, too, and the embedding alone counts.
     """
+    own = {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("time_embedding.")
+    }
+    return own if mixes_conditions(unet) else own | projections(unet)
+
+
+def mixes_conditions(unet: Any) -> bool:
+    """Whether conditions are added to the time embedding, so that ResBlocks project more than time."""
+    return len(conditions(unet)) > 1
+
+
+def projections(unet: Any) -> dict[str, nn.Linear]:
+    """Module path to every ResBlock's own projection of the time embedding that no table replaces."""
     return {
         name: module
         for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear) and (name.startswith("time_embedding.") or name.endswith(".time_emb_proj"))
+        if isinstance(module, nn.Linear) and name.endswith(".time_emb_proj")
     }
 
 
 def time_projections(unet: Any) -> dict[str, Any]:
-    """Module path to every ResBlock whose time projection depends on the timestep alone."""
+    """Module path to every ResBlock that projects the time embedding and adds it."""
     return {
         name: module
         for name, module in unet.named_modules()
@@ -210,10 +245,17 @@ def time_projections(unet: Any) -> dict[str, Any]:
     }
 
 
-def time_embedding(unet: Any, timesteps: Tensor) -> Tensor:
-    """The embedding [N, D] of timesteps [N], before the ResBlocks' own projections."""
+def time_embedding(unet: Any, timesteps: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The embedding [N, D] of timesteps [N], before the ResBlocks' own projections.
+
+    `given` are the denoiser's other inputs by name; those that it adds to the embedding are added.
+    """
     projected = unet.time_proj(timesteps)
     if projected.is_floating_point():
         projected = projected.to(unet.conv_in.weight.dtype)
     embedded = unet.time_embedding(projected)
+    if given is not None and mixes_conditions(unet):
+        pooled, sizes = given["text_embeds"], given["time_ids"]
+        sinusoids = unet.add_time_proj(sizes.flatten()).unflatten(0, sizes.shape).flatten(1)
+        embedded = embedded + unet.add_embedding(torch.cat([pooled, sinusoids.to(pooled.dtype)], dim=-1))
     return embedded if unet.time_embed_act is None else unet.time_embed_act(embedded)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpress.compress.families.unet import branches, down_layers, time_embedding, units, up_layers
+from diffpress.calibration.conditions import TEXT, Text, named
+from diffpress.compress.families.unet import branches, conditions, down_layers, time_embedding, units, up_layers
 from diffpress.compress.numerics.lookup import RowOf
 from diffpress.errors import DiffpressError
 from diffpress.plan import EARLIER, Corrections
@@ -85,9 +86,9 @@ def feature_shapes(
     """
     names = tuple(names)
     sample = torch.zeros(batch, unet.config.in_channels, height, width, device=unet.device)
-    text = torch.zeros(batch, 1, unet.config.cross_attention_dim, device=unet.device)
+    told = [torch.zeros(batch, *shape, device=unet.device) for shape in conditions(unet).values()]
     with torch.no_grad():
-        _, *features = UNetGraph(unet, writes=names)(sample, torch.ones(1, device=unet.device), text)
+        _, *features = UNetGraph(unet, writes=names)(sample, torch.ones(1, device=unet.device), *told)
     shapes = {name: tuple(feature.shape) for name, feature in zip(names, features, strict=True)}
     for name, shape in shapes.items():
         if shape[:1] != (batch,):
@@ -98,11 +99,12 @@ def feature_shapes(
 class UNetGraph(nn.Module):
     """A U-Net that takes the features `reads` instead of computing them, and hands out the features `writes`.
 
-    Inputs: sample [N, C, H, W], timestep [1] or [N], encoder_hidden_states [N, T, D], then the features in the order
-    of `reads`, then, where a ControlNet has a say, its residuals: one for each skip and one for the mid block's output
-    (Zhang et al. 2023, Section 3.2). Output: (out_sample [N, C, H, W], then the features in the order of `writes`). A
-    feature named in `corrections` is corrected by the row of the timestep before it is used. Raises `DiffpressError`
-    for features that the U-Net does not have, or that cannot be read together.
+    Inputs: sample [N, C, H, W], timestep [1] or [N], encoder_hidden_states [N, T, D] and the conditions that the U-Net
+    adds, each or all as one (`calibration.conditions`), then the features in the order of `reads`, then, where a
+    ControlNet has a say, its residuals: one for each skip and one for the mid block's output (Zhang et al. 2023,
+    Section 3.2). Output: (out_sample [N, C, H, W], then the features in the order of `writes`). A feature named in
+    `corrections` is corrected by the row of the timestep before it is used. Raises `DiffpressError` for features that
+    the U-Net does not have, or that cannot be read together.
     """
 
     def __init__(
@@ -164,14 +166,16 @@ class UNetGraph(nn.Module):
         return any(path == name or path.startswith(f"{name}.") for name in inside)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *features: Tensor
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Text, *others: Tensor
     ) -> tuple[Tensor, ...]:
         unet = self.unet
+        told, features = self._told(encoder_hidden_states, others)
+        text = told[TEXT]
         features, residuals = features[: len(self.reads)], features[len(self.reads) :]
         given = self._corrected(dict(zip(self.reads, features, strict=True)), timestep)
         with _modules_as(unet, given, self.writes) as kept:
             # One row serves the whole batch where every sample of a call stands at the same timestep.
-            time = time_embedding(unet, timestep)
+            time = time_embedding(unet, timestep, told)
             skips = {int(name[5:]): value for name, value in given.items() if name.startswith("skip_")}
             hidden = torch.empty(0)
             if self.encodes:
@@ -182,9 +186,9 @@ class UNetGraph(nn.Module):
                     return self._head(first + given[WHOLE]), *(kept[name] for name in self.writes)
                 skips.setdefault(0, hidden)
                 for index, layer in enumerate(self._down[: self.downs]):
-                    hidden = layer(hidden, time, encoder_hidden_states)
+                    hidden = layer(hidden, time, text)
                     skips.setdefault(index + 1, hidden)
-            hidden = given[self.deep] if self.deep else self._mid(hidden, time, encoder_hidden_states)
+            hidden = given[self.deep] if self.deep else self._mid(hidden, time, text)
             if residuals:
                 hidden = hidden + residuals[-1]
                 skips = {index: skips[index] + added for index, added in enumerate(residuals[:-1])}
@@ -194,10 +198,17 @@ class UNetGraph(nn.Module):
                 if up(last - index) in self.writes:
                     kept[up(last - index)] = hidden
                 hidden = torch.cat([hidden, skips[last - index]], dim=1)
-                hidden = self._up[index](hidden, time, encoder_hidden_states)
+                hidden = self._up[index](hidden, time, text)
             if WHOLE in self.writes:
                 kept[WHOLE] = hidden - first
         return self._head(hidden), *(kept[name] for name in self.writes)
+
+    def _told(self, text: Text, others: tuple[Tensor, ...]) -> tuple[Mapping[str, Tensor], tuple[Tensor, ...]]:
+        """The conditions by name, and what is left of `others`."""
+        if not isinstance(text, Tensor):
+            return named(text), others
+        names = tuple(conditions(self.unet))
+        return dict(zip(names, (text, *others), strict=False)), others[len(names) - 1 :]
 
     def _corrected(self, given: dict[str, Tensor], timestep: Tensor) -> dict[str, Tensor]:
         """The features by their names, each one tensor."""

@@ -81,13 +81,23 @@ def replaced(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]
             parameter.data = kept[path]
 
 
+def round_in_place(denoiser: nn.Module, quantization: Mapping[str, LayerQuant]) -> None:
+    """Give the float weights of the layers up for `rounded_weight`, which saves the memory of a copy."""
+    for name, layer in quantization.items():
+        weight = denoiser.get_parameter(f"{name}.weight")
+        weight.data.copy_(rounded_weight(weight.data, layer))
+
+
 @contextmanager
 def simulated(
-    denoiser: nn.Module, quantization: Mapping[str, LayerQuant], timesteps: Sequence[float] = (0.0,)
+    denoiser: nn.Module,
+    quantization: Mapping[str, LayerQuant],
+    timesteps: Sequence[float] = (0.0,),
+    keep: bool = True,
 ) -> Iterator[None]:
     """Within the block `denoiser` computes with the plan's rounding; its weights come back as they were.
 
-    `timesteps` is the sampling schedule that per-step scales belong to.
+    `timesteps` is the sampling schedule that per-step scales belong to. Without `keep` the float weights are given up.
     """
     clock = Clock.of(timesteps)
     hooks = []
@@ -100,7 +110,11 @@ def simulated(
             hooks.append(clock.watch(denoiser))
         for name, layer in quantization.items():
             hooks.append(denoiser.get_submodule(name).register_forward_pre_hook(rounds(layer)))
-        with replaced(denoiser, rounded_weights(denoiser, quantization)):
+        if keep:
+            with replaced(denoiser, rounded_weights(denoiser, quantization)):
+                yield
+        else:
+            round_in_place(denoiser, quantization)
             yield
     finally:
         for hook in hooks:

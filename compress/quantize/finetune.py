@@ -68,7 +68,7 @@ class FinetunePass:
         """What is trained; raises `DiffpressError` where `share` does not even allow for the input scales."""
         unet = work.denoiser
         time, rest = time_projections(unet), self._rest(work)
-        own = family.time_layers(unet)
+        own = {**family.time_layers(unet), **family.projections(unet)}
         scales = {name: layer.input_scale for name, layer in work.quantization.items() if layer.input_scale is not None}
         scaled = {name: scale for name, scale in scales.items() if name in own or self.layers != "time"}
         total = sum(parameter.numel() for parameter in unet.parameters())
@@ -151,7 +151,7 @@ class Selection:
 
 def time_projections(unet: Any) -> list[str]:
     """The ResBlocks' time projections that are still in the graph, as module paths."""
-    return [name for name in family.time_layers(unet) if name.endswith(".time_emb_proj")]
+    return list(family.projections(unet))
 
 
 def objective(student: Student, selection: Selection, call: Call, parts: int) -> Tensor:

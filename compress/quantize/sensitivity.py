@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffpress.calibration import conditions
 from diffpress.calibration.capture import Call
 from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import make_missing, on_fastest_device
@@ -93,7 +94,8 @@ def probe(work: Work, error: Error, prompts: int, calls: int) -> tuple[str, Call
     context.append(execution(work.program, work.corrections).key)  # corrections of what steps take
     key = hashlib.sha256(json.dumps(context).encode())
     for call in given:
-        for tensor in (call.sample, call.timestep, call.text):
+        key.update(conditions.contents(call.text))
+        for tensor in (call.sample, call.timestep):
             key.update(tensor.cpu().contiguous().numpy().tobytes())
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffpress.calibration import conditions
 from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.calibration.sets import uniform_stride
@@ -195,7 +196,7 @@ class _Trials:
         context = [state_digest(work.denoiser), work.sampling.to_json(), work.seed, len(self._texts)]
         key = hashlib.sha256(json.dumps(context).encode())
         for call in self._texts:
-            key.update(call.text.cpu().contiguous().numpy().tobytes())
+            key.update(conditions.contents(call.text))
         self._key, self._folder = key, work.scratch / "guidance"
         self._known = Numbers(self._folder)
         self._program = self._plain

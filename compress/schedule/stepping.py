@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpress.calibration import conditions
 from diffpress.calibration.capture import Call
+from diffpress.calibration.conditions import Text
 from diffpress.calibration.tabulated import Tabulated
 from diffpress.plan import Sampling
 
@@ -21,14 +23,13 @@ class Trajectory:
     `texts` are the features [halves, T, D] of each prompt, the unconditional half first where there are two.
     """
 
-    def __init__(self, sampling: Sampling, texts: Sequence[Tensor], noise: Tensor) -> None:
-        stacked = torch.stack(list(texts), dim=1).to(noise.device)
+    def __init__(self, sampling: Sampling, texts: Sequence[Text], noise: Tensor) -> None:
         self.sampling, self.sample = sampling, noise * sampling.init_noise_sigma
-        self._halves, self._text = len(stacked), stacked.flatten(0, 1)
+        self._halves, self._text = len(texts[0]), conditions.interleaved(texts).to(noise.device)
         self._schedule = Tabulated(sampling, None)
         self._index = 0
 
-    def inputs(self) -> tuple[Tensor, float, Tensor]:
+    def inputs(self) -> tuple[Tensor, float, Text]:
         """What the denoiser is given at this call: sample [halves N, C, h, w], timestep, text [halves N, T, D]."""
         scaled = self._schedule.scale_model_input(self.sample)
         return torch.cat([scaled] * self._halves), self.sampling.timesteps[self._index], self._text
@@ -51,7 +52,7 @@ def first_calls(recordings: Iterable[Call], count: int | None = None) -> list[Ca
     """The first call of each of the first prompts, of all if `count` is None; a prompt is told by its text."""
     found: list[Call] = []
     for call in recordings:
-        if not any(torch.equal(call.text, other.text) for other in found):
+        if not any(conditions.equal(call.text, other.text) for other in found):
             found.append(call)
             if len(found) == count:
                 break

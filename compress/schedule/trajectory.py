@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffpress.calibration import conditions
+from diffpress.calibration.conditions import Text
 from diffpress.calibration.tabulated import Tabulated
 from diffpress.compress.schedule.sigmas import sigma_table, timestep_of
 from diffpress.plan import Sampling
 
 # out_sample [N, C, h, w] from sample [N, C, h, w], timesteps [N] and text [N, T, D]
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+Network = Callable[[Tensor, Tensor, Text], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Trajectories:
     """
 
     network: Network
-    conditional: Tensor
-    unconditional: Tensor
+    conditional: Text
+    unconditional: Text
     noise: Tensor
     guidance_scale: float
     alphas: np.ndarray
@@ -45,8 +47,7 @@ class Trajectories:
         cls, pipeline: Any, network: Network, sampling: Sampling, prompts: Sequence[str], seed: int, batch: int = 32
     ) -> Trajectories:
         """Encode the prompts with `pipeline`; image i starts from the noise of seed + i, as everywhere in diffpress."""
-        with torch.no_grad():
-            text, empty = pipeline.encode_prompt(list(prompts), pipeline.device, 1, True, None)[:2]
+        text, empty = conditions.encode(pipeline, prompts, sampling)
         factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         shape = (1, pipeline.unet.config.in_channels, sampling.height // factor, sampling.width // factor)
         noise = [
@@ -78,7 +79,7 @@ class Trajectories:
             if self.guidance_scale <= 1:
                 made.append(self.network(x, t, self.conditional[prompt]))
                 continue
-            text = torch.cat([self.unconditional[prompt], self.conditional[prompt]])
+            text = conditions.cat([self.unconditional[prompt], self.conditional[prompt]])
             without, given = self.network(torch.cat([x, x]), torch.cat([t, t]), text).chunk(2)
             made.append(without + self.guidance_scale * (given - without))
         return torch.cat(made)
@@ -110,11 +111,10 @@ class Trajectories:
 def torch_network(unet: Any) -> Network:
     """The denoiser itself."""
 
-    def call(sample: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def call(sample: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         with torch.no_grad():
-            moved = (tensor.to(unet.device) for tensor in (sample, timesteps, text))
-            x, t, hidden = moved
-            output: Tensor = unet(x, t, encoder_hidden_states=hidden, return_dict=False)[0]
+            x, t, told = sample.to(unet.device), timesteps.to(unet.device), text.to(unet.device)
+            output: Tensor = unet(x, t, **conditions.arguments(told), return_dict=False)[0]
             return output.cpu()
 
     return call

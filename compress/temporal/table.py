@@ -2,7 +2,8 @@
 
 A U-Net's time features depend on the timestep alone, and a sampler visits finitely many. So every ResBlock's projected
 feature is computed once per step of the schedule, and the time embedding and its projections leave the model. Tables
-for some ResBlocks only leave the embedding to the others.
+for some ResBlocks only leave the embedding to the others. Where a U-Net adds other conditions to the embedding, that
+alone is a feature of time, and the one that has a table.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import TemporalTable
 
+EMBEDDING = "time_embedding"
+
 
 class Passed(nn.Module):
     """In place of a module whose work is done elsewhere: hands its input on."""
@@ -30,14 +33,14 @@ class Passed(nn.Module):
 
 
 class Table(nn.Module):
-    """In place of a ResBlock's time projection: rows [N] to features [N, C]."""
+    """In place of a time feature's module: rows [N] to features [N, C]."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.table: Tensor
         self.register_buffer("table", table)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, condition: Tensor | None = None) -> Tensor:
         return self.table.index_select(0, rows.long())
 
 
@@ -67,13 +70,18 @@ class MarkedEmbedding(nn.Module):
 class MarkedTable(Table):
     """A table beside projections that stay: embeddings with marks [N, D + steps] to features [N, C]."""
 
-    def forward(self, marked: Tensor) -> Tensor:
+    def forward(self, marked: Tensor, condition: Tensor | None = None) -> Tensor:
         return super().forward(marked[:, -len(self.table) :].argmax(dim=1))
 
 
 def features(unet: Any, timesteps: Tensor) -> dict[str, Tensor]:
-    """Every ResBlock's projected time feature [N, C] at timesteps [N], by module path; gradients flow."""
+    """Every ResBlock's projected time feature [N, C] at timesteps [N], by module path; gradients flow.
+
+    The time embedding alone where conditions are added to it.
+    """
     embedded = family.time_embedding(unet, timesteps)
+    if family.mixes_conditions(unet):
+        return {EMBEDDING: embedded}
     return {
         name: block.time_emb_proj(embedded if block.skip_time_act else block.nonlinearity(embedded))
         for name, block in family.time_projections(unet).items()
@@ -82,7 +90,7 @@ def features(unet: Any, timesteps: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def tabulate(unet: Any, timesteps: tuple[float, ...]) -> TemporalTable:
-    """Every ResBlock's projected time feature at every timestep: tables [steps, C] by module path."""
+    """Every feature of time at every timestep: tables [steps, C] by module path."""
     found = features(unet, torch.tensor(timesteps, dtype=torch.float32, device=unet.device))
     return TemporalTable(timesteps, {name: np.asarray(table.cpu(), dtype=np.float32) for name, table in found.items()})
 
@@ -92,6 +100,11 @@ def install(unet: Any, temporal: TemporalTable) -> None:
 
     The embedding and the projections that have no table stay, under their paths.
     """
+    if family.mixes_conditions(unet):
+        rows = torch.from_numpy(temporal.tables[EMBEDDING].copy())
+        unet.time_proj, unet.time_embedding = RowOf(temporal.timesteps), Table(rows)
+        unet.to(unet.device)
+        return
     blocks = family.time_projections(unet)
     kept = [block for name, block in blocks.items() if name not in temporal.tables]
     if kept:
@@ -134,6 +147,4 @@ class TemporalTablePass:
         install(work.denoiser, work.temporal)
         removed = before - sum(parameter.numel() for parameter in work.denoiser.parameters())
         rows, blocks = len(work.temporal.timesteps), len(work.temporal.tables)
-        return (
-            f"{blocks} time projections became tables of {rows} rows; {removed / 1e6:.2f} M parameters left the graph"
-        )
+        return f"{blocks} time features became tables of {rows} rows; {removed / 1e6:.2f} M parameters left the graph"

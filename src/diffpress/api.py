@@ -102,7 +102,7 @@ def compress(
         }
         sensitivity = work.tables.get("sensitivity", ())
         manifest = ship.ship(
-            work.pipeline, work.plan(), folder, entries, work.progress, sensitivity, controlnet=chosen.controlnet
+            work.pipeline, work.plan(), folder, entries, work.progress, sensitivity, chosen.controlnet, keep=False
         )
         bundles.write_manifest(folder, manifest)
         made = bundles.read(folder)
@@ -247,6 +247,7 @@ def _fastest(work: Work) -> Any:
     import numpy as np
     import torch
 
+    from diffpress.calibration.conditions import Text, named
     from diffpress.compress.schedule.trajectory import torch_network
     from diffpress.export import ship
     from diffpress.runtime import backends
@@ -259,9 +260,9 @@ def _fastest(work: Work) -> Any:
     file = ship.network(work.pipeline, work.scratch / "network")
     session = backends.open_session(file, runnable[0], "fp32")
 
-    def run(sample: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        arrays = (tensor.numpy().astype(np.float32) for tensor in (sample, timesteps, hidden))
-        feeds = dict(zip(("sample", "timestep", "encoder_hidden_states"), arrays, strict=True))
+    def run(sample: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
+        given = {"sample": sample, "timestep": timesteps, **named(text)}
+        feeds = {name: tensor.numpy().astype(np.float32) for name, tensor in given.items()}
         return torch.from_numpy(session.run(feeds)["out_sample"].copy())
 
     return run

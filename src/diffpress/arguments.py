@@ -125,7 +125,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("prompt", metavar="PROMPT", help="what the image shows")
     add("-o", "--output", required=True, type=Path, metavar="FILE", help="a .png file, replaced if it exists")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the starting noise (default: 0)")
-    add("--negative-prompt", "--negative", default="", metavar="TEXT", help="what the image should not show")
+    add("--negative-prompt", "--negative", metavar="TEXT", help="what the image should not show")
     add("--image", type=Path, metavar="FILE", help="begin with this picture, resized to the bundle's size")
     add("--strength", type=float, metavar="X", help="above 0 to 1: how much of it goes (default: 0.8, with a mask 1)")
     add("--mask", type=Path, metavar="FILE", help="draw only where this picture is white, the rest stays")

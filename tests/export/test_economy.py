@@ -39,15 +39,15 @@ Make = Callable[[str], Bundle]
 def checked() -> Iterator[dict[str, list[int]]]:
     """The batch sizes at which graphs were compared with torch."""
     seen: dict[str, list[int]] = {}
-    real = parity.check
+    real = parity.compare
 
-    def check(file: Path, module: Any, inputs: Any, names: Any) -> Any:
+    def compare(file: Path, wanted: parity.Expected) -> Any:
         if file.parent.parent.name.startswith((".reuse", "reuse")):
-            seen.setdefault(f"{file.parent.name}/{file.name}", []).append(len(next(iter(inputs.values()))))
-        return real(file, module, inputs, names)
+            seen.setdefault(f"{file.parent.name}/{file.name}", []).append(len(next(iter(wanted.inputs.values()))))
+        return real(file, wanted)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(parity, "check", check)
+        patched.setattr(parity, "compare", compare)
         yield seen
 
 
