@@ -58,6 +58,8 @@ def pack(
     chosen = set(found.small)
     if CPU in targets or graphs or building:
         chosen |= found.graphs(dialects=CPU in targets or graphs)
+    if image_to_image and any(not found.has_encoder(entries, target) for target in targets if target not in building):
+        chosen |= set(external.parts(bundle, found.components[IMAGE_TO_IMAGE]))
     for entry in entries:
         chosen |= {entry["path"], entry["path"].removesuffix(".engine") + ".json"}
     package: dict[str, Any] = {"targets": sorted(set(targets))}
@@ -114,6 +116,10 @@ class _Found:
         """Of the engines that a run needs."""
         return [*self.variants, *self.components]
 
+    def has_encoder(self, entries: Sequence[Mapping[str, Any]], target: str) -> bool:
+        """Whether these engines for a target are one of the VAE's encoder as well."""
+        return any(entry["target"] == target and entry["component"] == IMAGE_TO_IMAGE for entry in entries)
+
     def graphs(self, dialects: bool) -> set[str]:
         """The graphs that a run needs, with their weights; other backends' dialects of them as well."""
         files = [*self.variants.values(), *self.components.values()]
@@ -160,7 +166,7 @@ def _engines(found: _Found, targets: Sequence[str], graphs: bool) -> tuple[list[
                     "target build them"
                 )
             building.append(target)
-        missing = set(found.names) - {listed[entry["path"]].name for entry in ours}
+        missing = {*found.names} - {IMAGE_TO_IMAGE} - {listed[entry["path"]].name for entry in ours}
         if ours and missing:
             raise DiffpressError(f"{bundle.path} has no {target} engine of {min(missing)}: run {build} again")
         for entry in ours:

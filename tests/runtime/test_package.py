@@ -24,6 +24,7 @@ from diffpress.errors import DiffpressError
 from diffpress.runtime import builder, engines, lock, package, tensor_rt
 from diffpress.runtime.cuda import Gpu
 from diffpress.runtime.engines import Machine
+from diffpress.runtime.opening import choose_opening
 from diffpress.runtime.pack import identity, pack
 from diffpress.runtime.package import opened, unpack
 from diffpress.runtime.pipeline import Pipeline
@@ -151,6 +152,27 @@ def test_engines_of_a_package_run_and_have_nothing_to_fall_back_on(
     assert json.loads(other[MANIFEST])["package"]["build"]["targets"] == ["sm80"]
     with_graphs = pack(built, ["sm89"], tmp_path / "graphs.tar", graphs=True, progress=False)
     assert Pipeline.load(with_graphs, fallback=True).backend == "onnxruntime"
+
+
+def test_the_encoder_of_pictures_goes_along_when_asked(
+    source: Bundle, add_engines: Add, plug_in: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(DiffpressError, match="has no vae_encoder, which image-to-image needs"):
+        pack(source, ["cpu"], tmp_path / "box.tar", image_to_image=True, progress=False)
+    shutil.copytree(source.file("vae_decoder"), source.file("vae_encoder"))
+    built = add_engines(bundle.update(source))
+    graph = "vae_encoder/model.onnx"
+    assert graph not in members(pack(built, ["cpu", "sm89"], tmp_path / "without.tar", progress=False))
+    assert graph in members(pack(built, ["cpu"], tmp_path / "cpu.tar", image_to_image=True, progress=False))
+    file = pack(built, ["sm89"], tmp_path / "sm89.tar", image_to_image=True, progress=False)
+    assert {name for name in members(file) if name.endswith(".onnx")} == {graph}  # no engine was built of it
+    plug_in()
+    opening = choose_opening(opened(file, progress=False), ["full", "cached", "text_encoder", "vae_decoder"])
+    assert opening.backend == "tensorrt"
+    latent = {"latent_sample": np.zeros((1, 4, 4, 4), np.float32)}
+    assert opening.component("vae_encoder", "fp32").run(latent)["sample"].shape == (1, 3, 8, 8)
+    with pytest.raises(DiffpressError, match=r"does not list the file unet/model\.onnx"):
+        opening.file("other", "unet/model.onnx")
 
 
 @pytest.mark.parametrize(
