@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ STAGE: dict[str, Callable[[Path, str, Mapping[str, Any]], Found]] = {
     "compress": compress,
     "parity": parity,
     "engines": engines,
-    **{f"engine {kind}": lambda *given, kind=kind: engine(*given, kind) for kind in FORMATS},  # type: ignore[misc]
+    **{f"engine {kind}": partial(engine, kind=kind) for kind in FORMATS},
 }
 
 

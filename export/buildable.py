@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from diffpress.bundle import Bundle
+from diffpress.bundle import CONTROLNET, Bundle, text_encoders
 from diffpress.errors import DiffpressError
 from diffpress.export import lint, liveness, memory
 from diffpress.export.builder import Batch
@@ -16,7 +16,7 @@ from diffpress.export.prepared import Graph, Prepared
 from diffpress.export.sparsity import sparse_layers
 from diffpress.plan import EARLIER, FULL, StepProgram
 
-TEXT, DECODER = "text_encoder", "vae_decoder"  # the components beside the denoiser that a run needs
+DECODER = "vae_decoder"
 NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 NAMES |= {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT4: "int4"}
 NAMES |= {ir.DataType.FLOAT4E2M1: "fp4"}
@@ -24,8 +24,9 @@ NAMES |= {ir.DataType.FLOAT4E2M1: "fp4"}
 
 def graphs(bundle: Bundle, images: Sequence[int] = (1,)) -> list[Graph]:
     """Everything a run needs, for the numbers of `images` at once. Raises `DiffpressError` for what cannot be built."""
-    files = [(name, str(file), True) for name, file in bundle.manifest["graphs"].items()]
-    files += [(name, f"{name}/model.onnx", False) for name in (TEXT, DECODER)]
+    # The one for ControlNets runs under diffusers alone.
+    files = [(name, str(file), True) for name, file in bundle.manifest["graphs"].items() if name != CONTROLNET]
+    files += [(name, f"{name}/model.onnx", False) for name in (*text_encoders(bundle.manifest), DECODER)]
     program = program_of(bundle)
     found = []
     for name, file, denoiser in files:
@@ -110,7 +111,7 @@ def others(name: str, images: Sequence[int]) -> tuple[Batch, ...]:
     costs no time and needs the memory of one.
     """
     check_images(images)
-    if name != TEXT:
+    if name == DECODER:
         return ((1, 1, 1),)
     found: list[Batch] = []
     for count in images:

@@ -277,14 +277,14 @@ def _plain(config: Mapping[str, Any], private: tuple[str, ...] = ()) -> dict[str
 def _write_configs(pipeline: Any, scheduler: str, folder: Path) -> None:
     """The configurations of all parts; `scheduler` is the class that reads its own, also where a table plays it."""
     encoders = texts.text_encoders(pipeline)
-    parts: dict[str, nn.Module] = {
+    modules: dict[str, nn.Module] = {
         "unet": pipeline.unet,
         "vae_decoder": pipeline.vae,
         "vae_encoder": pipeline.vae,
         **{part.name: getattr(pipeline, part.name) for part in encoders},
     }
-    for name, part in parts.items():
-        config: Any = part.config
+    for name, module in modules.items():
+        config: Any = module.config
         (folder / name / "config.json").write_text(
             json.dumps(_plain(config.to_dict() if hasattr(config, "to_dict") else config, CLASS), indent=1)
         )

@@ -24,7 +24,7 @@ from diffpress.runtime.image import to_pixels
 from diffpress.runtime.noise import Generator
 from diffpress.runtime.opening import choose_opening
 from diffpress.runtime.program import HIDDEN, Denoiser, open_denoiser
-from diffpress.runtime.text import Texts, encoders
+from diffpress.runtime.text import Texts
 from diffpress.runtime.tokenizer import Tokenizer
 
 VAE_DECODER, VAE_ENCODER = "vae_decoder", "vae_encoder"
@@ -79,7 +79,7 @@ class Pipeline:
             schedule, program = _schedule(bundle, sampling)
             known = bundle.manifest["graphs"]
             graphs = {name: str(known[name]) for name in dict.fromkeys(program.steps) if name in known}
-            names = (*dict.fromkeys(program.steps), *encoders(bundle.manifest), VAE_DECODER)
+            names = (*dict.fromkeys(program.steps), *bundles.text_encoders(bundle.manifest), VAE_DECODER)
             opening = choose_opening(bundle, names, backend, precision, threads, fallback)
             texts = Texts.load(
                 bundle.manifest,

@@ -16,11 +16,6 @@ from diffpress.runtime.tokenizer import Tokenizer
 ALONE = ({"name": "text_encoder", "tokenizer": "tokenizer", "hidden": "last_hidden_state", "added": []},)
 
 
-def encoders(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """The components of a bundle that are text encoders."""
-    return tuple(part["name"] for part in manifest["text"].get("encoders", ALONE))
-
-
 @dataclass(frozen=True)
 class TextEncoder:
     """One encoder: its output `hidden` [N, T, D] is text, those of `added` [N, ...] are conditions of their names."""

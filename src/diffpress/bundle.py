@@ -155,6 +155,11 @@ def update(bundle: Bundle, **changes: Any) -> Bundle:
     return read(bundle.path)
 
 
+def text_encoders(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The components of a bundle that are text encoders; one, where the manifest does not say."""
+    return tuple(part["name"] for part in manifest["text"].get("encoders", ({"name": "text_encoder"},)))
+
+
 def denoiser_bytes(folder: Path) -> int:
     """Bytes of the denoiser's standard graphs and their weights; a run reads these or a dialect's graphs, not both."""
     return sum(file.stat().st_size for file in folder.glob("unet/*.onnx*") if not file.name.endswith(DIALECT))

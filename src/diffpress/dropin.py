@@ -32,7 +32,9 @@ def load_pipeline(source: str | Path | Bundle, backend: str = "auto", precision:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     opened = Pipeline.load(source, backend, precision)
-    bundle = opened.bundle
+    bundle, encoders = opened.bundle, opened.texts.encoders
+    if len(encoders) > 1 or opened.texts.added:
+        raise DiffpressError(f"{bundle.path} is of a model with added conditions (SDXL): draw with diffpress run")
 
     def open_graph(name: str) -> Session:
         if name not in bundle.manifest["files"]:
@@ -53,7 +55,7 @@ def load_pipeline(source: str | Path | Bundle, backend: str = "auto", precision:
             opened.vae_decoder,
             functools.cache(lambda: open_graph("vae_encoder/model.onnx")),
         ),
-        text_encoder=TextEncoder(CLIPTextConfig.from_dict(_read(bundle, "text_encoder")), opened.text_encoder),
+        text_encoder=TextEncoder(CLIPTextConfig.from_dict(_read(bundle, "text_encoder")), encoders[0].session),
         tokenizer=CLIPTokenizer.from_pretrained(str(bundle.file("tokenizer")), local_files_only=True),
         unet=Unet(FrozenDict(_read(bundle, "unet")), opened.denoiser, clock, controlled),
         scheduler=scheduler,
