@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,12 +46,9 @@ def rows(placed: Any, eta: float, first: int = 0) -> Iterator[tuple[Row, float]]
         scale = float(placed.scale_model_input(torch.ones(1, dtype=torch.float64), timestep))
         # diffusers' steps want a batch and channels; the basis lies along the last axis.
         sample, output, fresh = (basis[len(PARTS) * index + part].reshape(1, 1, 1, -1) for part in range(len(PARTS)))
-        draws = count()
-        with drawing(placed, lambda fresh=fresh, draws=draws: (next(draws), fresh)[1]):
+        draws = iter((fresh,))
+        with drawing(placed, partial(_only, draws)):
             after = step(output, timestep, sample).reshape(-1)
-        drawn = next(draws)
-        if drawn > 1:
-            raise ManyDraws
         terms = []
         for column in torch.nonzero(after).flatten().tolist():
             call, part = divmod(column, len(PARTS))
@@ -70,6 +67,12 @@ def stepping(scheduler: Any, eta: float) -> Callable[[Tensor, Any, Tensor], Tens
     if "generator" in known:
         options["generator"] = torch.Generator().manual_seed(0)
     return lambda output, timestep, sample: scheduler.step(output, timestep, sample, **options)[0]
+
+
+def _only(draws: Iterator[Tensor]) -> Tensor:
+    for drawn in draws:
+        return drawn
+    raise ManyDraws
 
 
 @contextmanager

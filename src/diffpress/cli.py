@@ -242,16 +242,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
+    from diffpress.export.targets import generation
     from diffpress.runtime import pack
 
     pack.check_output(options.output)
     _check_file(options.output)
     opened = bundle.read(options.bundle)
+    targets = [name if name == pack.CPU else generation(name) for name in options.target]
     chosen = {"image_to_image": options.image_to_image, "graphs": options.graphs, "progress": not options.quiet}
-    made = pack.pack(opened, options.target, options.output, **chosen)
+    made = pack.pack(opened, targets, options.output, **chosen)
     if not options.quiet:
         place = shlex.quote(str(made))
-        print(f"{made}: {made.stat().st_size / 1e6:.1f} MB for {', '.join(options.target)}\nnext, on the target:")
+        print(f"{made}: {made.stat().st_size / 1e6:.1f} MB for {', '.join(targets)}\nnext, on the target:")
         print(f'  diffpress run {place} "a prompt of yours" -o out.png')
 
 
