@@ -53,7 +53,7 @@ def rows(placed: Any, eta: float, first: int = 0) -> Iterator[tuple[Row, float]]
         for column in torch.nonzero(after).flatten().tolist():
             call, part = divmod(column, len(PARTS))
             terms.append((PARTS[part], index - call, float(after[column])))
-        if drawn and (FRESH, 0) not in {term[:2] for term in terms}:
+        if next(draws, None) is None and (FRESH, 0) not in {term[:2] for term in terms}:
             terms.append((FRESH, 0, 0.0))  # drawn all the same
         yield tuple(terms), scale
 
