@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +45,15 @@ def rows(placed: Any, eta: float, first: int = 0) -> Iterator[tuple[Row, float]]
         scale = float(placed.scale_model_input(torch.ones(1, dtype=torch.float64), timestep))
         # diffusers' steps want a batch and channels; the basis lies along the last axis.
         sample, output, fresh = (basis[len(PARTS) * index + part].reshape(1, 1, 1, -1) for part in range(len(PARTS)))
-        draws = iter((fresh,))
-        with drawing(placed, partial(_only, draws)):
+        with drawing(placed, fresh) as drawn:
             after = step(output, timestep, sample).reshape(-1)
+        if len(drawn) > 1:
+            raise ManyDraws
         terms = []
         for column in torch.nonzero(after).flatten().tolist():
             call, part = divmod(column, len(PARTS))
             terms.append((PARTS[part], index - call, float(after[column])))
-        if next(draws, None) is None and (FRESH, 0) not in {term[:2] for term in terms}:
+        if drawn and (FRESH, 0) not in {term[:2] for term in terms}:
             terms.append((FRESH, 0, 0.0))  # drawn all the same
         yield tuple(terms), scale
 
@@ -69,23 +69,22 @@ def stepping(scheduler: Any, eta: float) -> Callable[[Tensor, Any, Tensor], Tens
     return lambda output, timestep, sample: scheduler.step(output, timestep, sample, **options)[0]
 
 
-def _only(draws: Iterator[Tensor]) -> Tensor:
-    for drawn in draws:
-        return drawn
-    raise ManyDraws
-
-
 @contextmanager
-def drawing(scheduler: Any, draw: Callable[[], Tensor]) -> Iterator[None]:
-    """Within, `scheduler` is given what `draw` returns wherever it asks diffusers for noise."""
+def drawing(scheduler: Any, noise: Tensor) -> Iterator[list[Tensor]]:
+    """Within, `scheduler` is given `noise` wherever it asks diffusers for some; yields what it was given so far."""
     module: Any = sys.modules[type(scheduler).step.__module__]
-    kept = getattr(module, "randn_tensor", None)
+    kept, given = getattr(module, "randn_tensor", None), list[Tensor]()
     if kept is None:
-        yield
+        yield given
         return
-    module.randn_tensor = lambda *_, **__: draw()
+
+    def draw(*_: Any, **__: Any) -> Tensor:
+        given.append(noise)
+        return noise
+
+    module.randn_tensor = draw
     try:
-        yield
+        yield given
     finally:
         module.randn_tensor = kept
 

@@ -215,7 +215,7 @@ def _reproduces(sampling: Sampling, fresh: Any, eta: float) -> bool:
         outputs.append(draw())
         noise = draw()
         fresh.scale_model_input(sample, timestep)
-        with probe.drawing(fresh, noise.clone):
+        with probe.drawing(fresh, noise):
             sample = step(outputs[-1], timestep, sample)
         history = {"sample": samples, "output": outputs}
         total = torch.zeros_like(sample)

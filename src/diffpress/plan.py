@@ -130,7 +130,7 @@ class Sampling:
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; what most schedules lack is left out, so that old versions read them."""
         document = {**self.__dict__, "terms": _as_lists(self.terms)}
-        rare: dict[str, Any] = {name: [list(row) for row in document.pop(name)] for name in ("levels", "offsets")}
+        rare: dict[str, list[Any]] = {name: [list(row) for row in document.pop(name)] for name in ("levels", "offsets")}
         rare["starts"] = [None if rows is None else _as_lists(rows) for rows in document.pop("starts")]
         for name, usual in (("solver", "linear"), ("order", 1), ("origin", None)):
             if document[name] == usual:

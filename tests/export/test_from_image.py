@@ -1,5 +1,6 @@
 """Text-to-image, image-to-image and inpainting from one exported bundle, against diffusers' own three pipelines."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffpress.runtime.pipeline import Pipeline
 
 PROMPTS, SEEDS, NEGATIVE = ["a red ring", "a blue star"], [3, 2**35], "green"
 STEPS, SCALE, SIDE = 6, 3.0, 32
+STOCHASTIC: dict[str, Any] = {"solver": "ddim", "eta": 0.5, "steps": 4}
 MULTI = "DPMSolverMultistepScheduler"
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -238,3 +240,15 @@ def test_the_command_line_draws_from_a_picture(
         assert cli.main([*words, *more]) == 2
         said = capsys.readouterr().err
         assert told in said and said.count("\n") == 1
+
+
+def test_a_recipe_with_a_stochastic_solver_ships_its_noise(tiny_pipeline: Path, reference: Any, tmp_path: Path) -> None:
+    recipe = {"steps": 6, "calibration": {"prompts": 1}, "passes": [{"schedule": STOCHASTIC}, "temporal-table"]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    bundle = api.compress(str(tiny_pipeline), str(tmp_path / "recipe.yaml"), tmp_path / "bundle", quiet=True)
+    pipeline = Pipeline.load(bundle, "onnxruntime", "fp32")
+    assert pipeline.sampling.stochastic and pipeline.sampling.steps == 4
+    drawn = {"generator": [torch.Generator().manual_seed(seed) for seed in SEEDS], "output_type": "latent"}
+    wanted = reference(PROMPTS, num_inference_steps=4, guidance_scale=SCALE, eta=STOCHASTIC["eta"], **drawn)
+    got = pipeline(PROMPTS, SEEDS, guidance_scale=SCALE, keep_latents=True)
+    close(got.latents[-1], wanted.images.numpy())
