@@ -1,5 +1,6 @@
 """LoRAs of random numbers: fused they are what diffusers computes with adapters, and what does not fit is refused."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from diffpress.compress import recipe
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import DiffpressError
 
-pytest.importorskip("peft", reason="fusing a LoRA needs peft, which the extra 'compress' brings")
 RANK, ALPHA, SCALE = 4, 2.0, 0.7
 UNET = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
@@ -25,8 +25,9 @@ UNET = (
     "up_blocks.1.attentions.0.proj_in",
     "up_blocks.1.resnets.0.conv1",
 )
-TEXT = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1")
-FORMATS = ("diffusers", "kohya")
+# With an out_proj, by which diffusers knows kohya's format; without one it drops what is left of attention.
+TEXT = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj", "encoder.layers.1.mlp.fc1")
+FORMATS = ("peft", "kohya", "before peft")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def original(tiny_pipeline: Path) -> Any:
 
 
 def tensors(pipeline: Any, kind: str) -> dict[str, Any]:
-    """A LoRA for the layers above, in one of the two formats; those of kohya have an alpha."""
+    """A LoRA for the layers above, in one of the formats; those of kohya have an alpha."""
     import torch
 
     generator, found = torch.Generator().manual_seed(0), {}
@@ -44,14 +45,21 @@ def tensors(pipeline: Any, kind: str) -> dict[str, Any]:
             weight = getattr(pipeline, part).get_submodule(path).weight
             down = 0.3 * torch.randn(RANK, *weight.shape[1:], generator=generator)
             up = 0.3 * torch.randn(len(weight), RANK, *[1] * (weight.ndim - 2), generator=generator)
+            dotted = f"unet.{path}" if part == "unet" else f"text_encoder.text_model.{path}"
+            ends = ("lora_A", "lora_B")
             if kind == "kohya":
                 where = f"lora_unet_{path}" if part == "unet" else f"lora_te_text_model_{path}"
-                name = where.replace(".", "_")
-                found |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-                found[f"{name}.alpha"] = torch.tensor(ALPHA)
-            else:
-                name = f"unet.{path}" if part == "unet" else f"text_encoder.text_model.{path}"
-                found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+                dotted, ends = where.replace(".", "_"), ("lora_down", "lora_up")
+                found[f"{dotted}.alpha"] = torch.tensor(ALPHA)
+            elif kind == "before peft" and part == "text_encoder":
+                ends = ("lora_linear_layer.down", "lora_linear_layer.up")
+            elif kind == "before peft":
+                ends = ("lora.down", "lora.up")
+                for name in ("to_q", "to_out"):
+                    end = {"to_q": ".to_q", "to_out": ".to_out.0"}[name]
+                    if path.endswith(end):
+                        dotted, ends = f"{dotted.removesuffix(end)}.processor.{name}_lora", ("down", "up")
+            found |= {f"{dotted}.{ends[0]}.weight": down, f"{dotted}.{ends[1]}.weight": up}
     return found
 
 
@@ -59,7 +67,7 @@ def saved(folder: Path, content: Mapping[str, Any], name: str = "lora.safetensor
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(content), folder / name)
+    save_file({key: value.clone() for key, value in content.items()}, folder / name)
     return folder / name
 
 
@@ -72,6 +80,7 @@ def latents(pipeline: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_what_is_fused_computes_what_adapters_do(original: Any, tiny_pipeline: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("peft", reason="diffusers' adapters, which this compares with, need peft")
     file = saved(tmp_path, tensors(original, kind))
     fused = load_pipeline(str(tiny_pipeline), [Lora(file, SCALE)])
     active = load_pipeline(str(tiny_pipeline))
@@ -90,11 +99,11 @@ def test_what_is_fused_computes_what_adapters_do(original: Any, tiny_pipeline: P
 
 
 def test_two_loras_add_up_and_their_files_tell_them_apart(original: Any, tiny_pipeline: Path, tmp_path: Path) -> None:
-    first = saved(tmp_path / "a", tensors(original, "diffusers"))
+    first = saved(tmp_path / "a", tensors(original, "peft"))
     second = saved(tmp_path / "b", tensors(original, "kohya"))
     both = load_pipeline(str(tiny_pipeline), [Lora(first, 0.5), Lora(second.parent, -1.0)])
     layer = original.unet.get_submodule(UNET[0]).weight
-    content = tensors(original, "diffusers")
+    content = tensors(original, "peft")
     product = content[f"unet.{UNET[0]}.lora_B.weight"] @ content[f"unet.{UNET[0]}.lora_A.weight"]
     # The second has the same numbers at alpha / rank: 0.5 B A - ALPHA / RANK B A.
     wanted = layer + (0.5 - ALPHA / RANK) * product
@@ -109,22 +118,23 @@ def test_a_lora_that_does_not_fit_is_refused_and_changes_nothing(original: Any, 
 
     from diffpress.calibration.lora import fuse
 
-    content = tensors(original, "diffusers")
+    content = tensors(original, "peft")
     query = f"unet.{UNET[0]}.lora_A.weight"
     stranger = {
         f"unet.nowhere.{half}.weight": content[f"unet.{UNET[0]}.{half}.weight"] for half in ("lora_A", "lora_B")
     }
     norm = {f"unet.conv_norm_out.{half}.weight": torch.ones(1, 1) for half in ("lora_A", "lora_B")}
     cases = {
-        "'unet.nowhere' \\(and 0 more\\), which this model lacks": content | stranger,
-        r"\[4, 31\] for 'unet.down_blocks.* was made for another model": content | {query: torch.ones(4, 31)},
+        "changes 'unet.nowhere.lora_A.weight', which this model lacks": content | stranger,
+        r"\[4, 31\] for 'unet.down_blocks.* is for another model": content | {query: torch.ones(4, 31)},
         "one half of 'unet.down_blocks": {name: value for name, value in content.items() if name != query},
         "a GroupNorm, not a linear": content | norm,
         "not finite": content | {query: content[query] * float("nan")},
         "is a DoRA, not a LoRA": content | {f"unet.{UNET[0]}.dora_scale": torch.ones(1)},
         "is a LoHa, not a LoRA": {"lora_unet_x.hada_w1_a": torch.ones(1)},
-        "no part of a LoRA|lacks": {"first_stage.weight": torch.ones(2, 2)},
-        "not in a format": {"lora_unet_x.lora_down.weight": torch.ones(2, 2)},
+        "no part of a LoRA": {"first_stage.weight": torch.ones(2, 2)},
+        "lora_te2_x.lora_down.weight', which this model lacks": {"lora_te2_x.lora_down.weight": torch.ones(2, 2)},
+        "is empty": {},
     }
     before = {name: value.clone() for name, value in original.unet.state_dict().items()}
     good = Lora(saved(tmp_path / "good", content))
@@ -139,10 +149,27 @@ def test_a_lora_that_does_not_fit_is_refused_and_changes_nothing(original: Any, 
     assert all(after[name].equal(value) for name, value in before.items())
 
 
+def test_alphas_of_metadata_count(original: Any, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from diffpress.calibration.lora_file import read
+
+    said = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2, "^up_blocks.1.resnets.0.conv1": 1}}
+    for rslora, rank in ((False, RANK), (True, RANK**0.5)):
+        text = json.dumps({**said, "unet.use_rslora": rslora})
+        save_file(tensors(original, "peft"), tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+        found = read(tmp_path / "x.safetensors", {"unet": original.unet, "text_encoder": original.text_encoder})
+        scales = {f"{entry.part}.{entry.path}": entry.scale for entry in found}
+        assert scales[f"unet.{UNET[0]}"] == 2 / rank
+        assert scales[f"unet.{UNET[1]}"] == 8 / rank
+        assert scales[f"unet.{UNET[4]}"] == 1 / rank
+        assert scales[f"text_encoder.{TEXT[0]}"] == 1.0
+
+
 def test_only_whole_safetensors_files_are_opened(original: Any, tmp_path: Path) -> None:
     from diffpress.calibration.lora import fuse
 
-    content = tensors(original, "diffusers")
+    content = tensors(original, "peft")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(saved(tmp_path / "whole", content).read_bytes()[:-9])
     pickled = tmp_path / "pytorch_lora_weights.bin"
@@ -186,7 +213,7 @@ def test_a_bundle_ships_the_fused_weights_and_says_of_what(original: Any, tiny_p
     # Reports compare with the model and its LoRA, and with no other.
     assert loras_of(made.manifest) == (Lora(file, SCALE),)
     assert loras_of({"model": {}}) == ()
-    saved(tmp_path, tensors(original, "diffusers"))
+    saved(tmp_path, tensors(original, "peft"))
     with pytest.raises(DiffpressError, match="put it back"):
         loras_of(made.manifest)
 
@@ -227,7 +254,7 @@ def test_an_lcm_lora_sets_steps_and_guidance_and_refuses_others() -> None:
 
 
 def test_an_lcm_lora_is_sampled_with_its_scheduler(original: Any, tiny_pipeline: Path, tmp_path: Path) -> None:
-    file = saved(tmp_path / "lcm", tensors(original, "diffusers"))
+    file = saved(tmp_path / "lcm", tensors(original, "peft"))
     calm = Recipe(name="x", lora={"path": file, "scale": 0.1}, calibration={"prompts": 1, "steps": 2})
     try:
         work = api.begin(str(tiny_pipeline), calm, quiet=True)

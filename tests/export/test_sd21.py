@@ -21,7 +21,7 @@ from diffpress.runtime.pipeline import Pipeline
 STEPS = 6
 PROMPTS, SEEDS = ["a red ring", "a blue star"], (1, 2)
 BOTH = """
-calibration: {prompts: 1, steps: 3}
+calibration: {prompts: 2, steps: 3}
 passes:
   - quantize: {format: int8, range: max}
   - temporal-table
