@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
@@ -17,12 +16,15 @@ from diffpress import bundle as bundles
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, REUSE, Sampling, StepProgram
-from diffpress.runtime import backends, sampler
+from diffpress.runtime import package, sampler
 from diffpress.runtime.backends import Session
 from diffpress.runtime.image import to_pixels
 from diffpress.runtime.noise import randn
+from diffpress.runtime.opening import choose_opening
 from diffpress.runtime.program import Denoiser, open_denoiser
 from diffpress.runtime.tokenizer import Tokenizer
+
+TEXT_ENCODER, VAE_DECODER = "text_encoder", "vae_decoder"
 
 # (index of the call, sample after it [N, C, h, w]); with EVODiff the probe of the next call, but for the last.
 OnStep = Callable[[int, np.ndarray], None]
@@ -51,6 +53,7 @@ class Pipeline:
     text_encoder: Session
     denoiser: Denoiser
     vae_decoder: Session
+    note: str | None = None  # why it runs on another backend than it was asked to, in one line
 
     @classmethod
     def load(
@@ -60,39 +63,37 @@ class Pipeline:
         precision: str = "auto",
         threads: int | None = None,
         sampling: Sampling | None = None,
+        fallback: bool = False,
     ) -> Pipeline:
-        """Open a bundle; a path is verified file by file, a `Bundle` is taken as it is.
+        """Open a bundle or a package; a path is verified file by file, a `Bundle` is taken as it is.
 
-        "auto" is what the bundle's bench found fastest, where that runs here. `sampling` replaces the bundle's
+        "auto" is an engine for this GPU, else CUDA, else what the bundle's bench found fastest, where that runs here;
+        `fallback` runs graphs where engines do not fit, see `choose_opening`. `sampling` replaces the bundle's
         schedule, which only a bundle whose graphs are not bound to theirs allows. Raises `DiffpressError`.
         """
-        bundle = source if isinstance(source, Bundle) else bundles.load(source)
-        backend, precision = choose(backend, precision, bundle.manifest.get("default_backend"), backends.available())
-        backends.check(backend, precision)
+        bundle = source if isinstance(source, Bundle) else package.opened(source, backend)
         try:
             schedule, program = _schedule(bundle, sampling)
-            dialect = bundle.manifest.get("dialects", {}).get(backend, {})
-            chosen = {**bundle.manifest["graphs"], **dialect}
-            graphs = {name: _listed(bundle, graph) for name, graph in chosen.items()}
+            known = bundle.manifest["graphs"]
+            graphs = {name: str(known[name]) for name in dict.fromkeys(program.steps) if name in known}
             tokenizer = Tokenizer.load(bundle.file("tokenizer"), bundle.manifest["text"]["tokens"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DiffpressError(
                 f"{bundle.file(bundles.MANIFEST)} is not as diffpress wrote it ({error!r}): compress again"
             ) from error
-
-        def open_graph(file: Path, precision: str = precision) -> Session:
-            return backends.open_session(file, backend, precision, threads)
-
+        names = (*dict.fromkeys(program.steps), TEXT_ENCODER, VAE_DECODER)
+        opening = choose_opening(bundle, names, backend, precision, threads, fallback)
         return cls(
             bundle,
-            backend,
-            precision,
+            opening.backend,
+            opening.precision,
             schedule,
             tokenizer,
             # Always fp32: it runs once per image, and its error would be in every step.
-            open_graph(_listed(bundle, "text_encoder/model.onnx"), "fp32"),
-            open_denoiser(program, graphs, open_graph),
-            open_graph(_listed(bundle, "vae_decoder/model.onnx")),
+            opening.component(TEXT_ENCODER, "fp32"),
+            open_denoiser(program, opening.graphs(graphs), opening.open),
+            opening.component(VAE_DECODER),
+            opening.note,
         )
 
     def __call__(
@@ -193,26 +194,6 @@ def guide(denoise: sampler.Denoise, scale: float, program: StepProgram) -> sampl
     return guided
 
 
-def choose(backend: str, precision: str, preferred: Any, runnable: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """Resolve "auto": the bundle's measured default where it runs here and fits what was asked, else the first
-    runnable pair that fits (OpenVINO before ONNX Runtime, fp32 before bf16). What is asked for by name is kept.
-    """
-
-    def fits(pair: tuple[str, str]) -> bool:
-        return backend in ("auto", pair[0]) and precision in ("auto", pair[1])
-
-    if backend != "auto" and precision != "auto":
-        return backend, precision
-    default = [(preferred["name"], preferred["precision"])] if preferred else []
-    for pair in [pair for pair in default if pair in runnable] + list(runnable):
-        if fits(pair):
-            return pair
-    if backend == "auto" and not runnable:
-        raise DiffpressError("no inference library is installed: pip install 'diffpress[cpu]'")
-    # Nothing fits: name a pair whose check says what is wrong.
-    return backends.OPENVINO if backend == "auto" else backend, "fp32" if precision == "auto" else precision
-
-
 def find_problem(latents: np.ndarray, decoded: np.ndarray, pixels: np.ndarray) -> str | None:
     """One line that names every image whose values are not finite or whose pixels are all the same."""
     found = []
@@ -242,13 +223,6 @@ def _schedule(bundle: Bundle, override: Sampling | None) -> tuple[Sampling, Step
         rows, calls = len(program.steps), len(sampling.timesteps)
         raise DiffpressError(f"the step program has {rows} rows, the schedule {calls} calls: compress again")
     return sampling, program
-
-
-def _listed(bundle: Bundle, name: str) -> Path:
-    """A file of the bundle; only one whose hash the manifest knows is opened."""
-    if name not in bundle.manifest["files"]:
-        raise DiffpressError(f"{bundle.path} does not list the file {name}: compress again")
-    return bundle.file(name)
 
 
 def _has_temporal_table(bundle: Bundle) -> bool:

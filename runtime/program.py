@@ -17,6 +17,7 @@ from diffpress.errors import DiffpressError
 from diffpress.plan import EARLIER, MEAN, StepProgram
 from diffpress.runtime.backends import Port, Session
 from diffpress.runtime.sampler import Denoise
+from diffpress.runtime.session import Allocating, DeviceArray
 
 SAMPLE, TIMESTEP, HIDDEN, OUTPUT = "sample", "timestep", "encoder_hidden_states", "out_sample"
 LINE = 64  # bytes of a cache line
@@ -77,6 +78,7 @@ class Denoiser:
         every call: steps that run together begin with the first of them.
         """
         kept = _Features(self, len(hidden))
+        text = self._on_device(hidden)
         ahead: dict[int, np.ndarray] = {}  # outputs of later steps, by the step
         together = dict(self.program.runs())
 
@@ -87,7 +89,7 @@ class Denoiser:
             session, variant = self.sessions[name], self.program.variants[name]
             rows, count = len(sample), together[index]
             feeds = {read: kept.read(read, rows, self.program.guided(index)) for read in variant.reads}
-            feeds |= {SAMPLE: sample, HIDDEN: hidden[-rows:]}
+            feeds |= {SAMPLE: sample, HIDDEN: text[-rows:]}
             if count > 1:
                 feeds = {key: np.concatenate([value] * count) for key, value in feeds.items() if key in session.inputs}
             if TIMESTEP in session.inputs:
@@ -103,6 +105,19 @@ class Denoiser:
 
         return denoise
 
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | DeviceArray:
+        """Memory for what passes from one call to another: on the device of the sessions, where they have one."""
+        session = next(iter(self.sessions.values()), None)
+        return session.empty(shape, dtype) if isinstance(session, Allocating) else _aligned(shape, dtype)
+
+    def _on_device(self, hidden: np.ndarray) -> np.ndarray | DeviceArray:
+        """The text features where every call would otherwise copy them to."""
+        dtypes = {session.inputs[HIDDEN].dtype for session in self.sessions.values() if HIDDEN in session.inputs}
+        if len(dtypes) != 1:
+            return hidden
+        place = self.empty(hidden.shape, dtypes.pop())
+        return place.fill(hidden) if isinstance(place, DeviceArray) else hidden
+
 
 class _Features:
     """The features of one batch of images: buffers that are allocated once and take turns, never copied.
@@ -112,8 +127,10 @@ class _Features:
     """
 
     def __init__(self, denoiser: Denoiser, rows: int) -> None:
-        self.values: dict[str, np.ndarray] = {}  # by what steps read: a feature's name, with `EARLIER` or not
-        self._buffers: dict[str, deque[np.ndarray]] = {}  # the one to write next comes first
+        self.values: dict[
+            str, np.ndarray | DeviceArray
+        ] = {}  # by what steps read: a feature's name, with `EARLIER` or not
+        self._buffers: dict[str, deque[np.ndarray | DeviceArray]] = {}  # the one to write next comes first
         self._means: dict[str, np.ndarray] = {}  # of the halves of values that some step took the mean of
         variants = [denoiser.program.variants[name] for name in denoiser.sessions]
         self._deep = {
@@ -123,20 +140,21 @@ class _Features:
             both = any(feature in variant.features and feature in variant.writes for variant in variants)
             count = 1 + (feature in self._deep) + both
             shape = (rows, *(size for size in port.shape[1:] if size is not None))
-            self._buffers[feature] = deque(_aligned(shape, port.dtype) for _ in range(count))
+            self._buffers[feature] = deque(denoiser.empty(shape, port.dtype) for _ in range(count))
 
-    def read(self, name: str, rows: int, guided: str) -> np.ndarray:
+    def read(self, name: str, rows: int, guided: str) -> np.ndarray | DeviceArray:
         """The value [rows, ...] for a step guided so: one of the conditional half reads its half, or the mean."""
         value = self.values[name]
         if guided != MEAN or len(value) != 2 * rows:
             return value[-rows:]
         if name not in self._means:
-            self._means[name] = value.reshape(2, rows, *value.shape[1:]).mean(0, dtype=value.dtype)
+            halves = np.asarray(value).reshape(2, rows, *value.shape[1:])
+            self._means[name] = halves.mean(0, dtype=value.dtype)
         return self._means[name]
 
-    def write(self, features: Sequence[str], rows: int) -> dict[str, np.ndarray]:
+    def write(self, features: Sequence[str], rows: int) -> dict[str, np.ndarray | DeviceArray]:
         """Where the next values go, [rows, ...] of each feature that is read; from now on they are the last ones."""
-        targets = {}
+        targets: dict[str, np.ndarray | DeviceArray] = {}
         for feature in features:
             if feature not in self._buffers:
                 continue

@@ -13,6 +13,10 @@ from diffpress.errors import DiffpressError
 Command = Callable[[argparse.Namespace], None]
 
 BUNDLE = "a folder that 'diffpress compress' made"
+# As in runtime.backends, which would cost an import of numpy here.
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
+BACKENDS += ("openvino", "openvino-gpu", "onnxruntime")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "tf32")
 
 # Name -> what it does, and an example with what a first user wants to know.
 TEACHING = {
@@ -32,6 +36,18 @@ Needs pip install 'diffpress[tensorrt-rtx]'.""",
         "draw an image with a bundle, without torch",
         """  diffpress run sd15/ "a lighthouse at dusk" -o out.png --seed 7
 The same bundle, prompt and seed give the same image. Needs numpy and one inference library: 'diffpress[cpu]'.""",
+    ),
+    "pack": (
+        "pack what one kind of target needs of a bundle into a file",
+        """  diffpress pack sd15/ --target sm87 -o box.tar
+The target takes diffpress, a backend and this file: diffpress run box.tar "a lighthouse at dusk" -o out.png
+It holds the target's engines, or its graphs where only the target builds (Jetson Orin's sm87, data-centre GPUs):
+then the first start builds, once. --target cpu packs the graphs for ONNX Runtime and OpenVINO.""",
+    ),
+    "unpack": (
+        "unpack a package into a folder",
+        """  diffpress unpack box.tar -o box/
+Not needed to run it: run unpacks a package beside itself, once.""",
     ),
     "bench": (
         "measure a bundle's speed and quality against its model",
@@ -97,15 +113,32 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--target", action="append", required=True, metavar="smXX", help="a family of GPUs; may be repeated")
 
     add = made["run"].add_argument
-    add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("bundle", metavar="BUNDLE", help=f"{BUNDLE}, or a package of 'diffpress pack'")
     add("prompt", metavar="PROMPT", help="what the image shows")
     add("-o", "--output", required=True, type=Path, metavar="FILE", help="a .png file, replaced if it exists")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the starting noise (default: 0)")
     add("--negative-prompt", default="", metavar="TEXT", help="what the image should not show")
     add("--guidance-scale", type=float, metavar="X", help="1 or less: no guidance (default: the bundle's)")
-    add("--backend", choices=("auto", "onnxruntime", "openvino"), default="auto", help="default: %(default)s")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: %(default)s")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="default: engines for this GPU, then CUDA, then the processor",
+    )
+    add("--precision", choices=PRECISIONS, default="auto", help="of graphs; default: the backend's")
+    add("--fallback", action="store_true", help="run graphs on ONNX Runtime where engines do not fit this machine")
     add("--threads", type=_whole(1), metavar="N", help="processor threads (default: the library's choice)")
+
+    add = made["pack"].add_argument
+    add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("--target", action="append", required=True, metavar="smXX", help="a family of GPUs, or cpu; may be repeated")
+    add("-o", "--output", required=True, type=Path, metavar="FILE", help="a .tar file to make; must not exist")
+    add("--graphs", action="store_true", help="graphs as well as engines, for run --fallback")
+    add("--image-to-image", action="store_true", help="the VAE's encoder as well")
+
+    add = made["unpack"].add_argument
+    add("package", type=Path, metavar="FILE", help="a file that 'diffpress pack' made")
+    add("-o", "--output", type=Path, metavar="DIR", help="the folder to make (default: FILE without .tar)")
 
     add = made["bench"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)

@@ -32,12 +32,14 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle."""
+        """The path of a file or folder of the bundle; raises `DiffpressError` for one that lies outside it."""
+        if not _inside(self.path, name):
+            raise DiffpressError(f"{name} points outside the bundle {self.path}: do not use it, compress again")
         return self.path / name
 
     def graph(self, variant: str = "full") -> Path:
         """The denoiser's ONNX graph of a step program's variant."""
-        return self.path / str(self.manifest["graphs"][variant])
+        return self.file(str(self.manifest["graphs"][variant]))
 
 
 def sha256(file: Path) -> str:
@@ -51,13 +53,25 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST and not name.endswith(".part"))
 
 
+def is_relative(name: str) -> bool:
+    """Whether a name from a manifest or an archive stays in its folder, on every system."""
+    path = PurePosixPath(name)
+    return not (
+        path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name or not path.parts
+    )
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether `name` lies in the folder, links followed."""
+    return is_relative(name) and (folder / name).resolve().is_relative_to(folder.resolve())
+
+
 def problems(bundle: Bundle) -> list[str]:
     """What does not match the manifest, a line each; empty when every listed file is whole."""
     found = []
     for name, digest in bundle.manifest["files"].items():
-        inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
         file = bundle.path / name
-        if not inside or not file.resolve().is_relative_to(bundle.path.resolve()):
+        if not _inside(bundle.path, name):
             found.append(f"{name} points outside the bundle")
         elif not file.is_file():
             found.append(f"{name} is missing")
@@ -70,6 +84,8 @@ def read(path: str | Path) -> Bundle:
     """Open a bundle without checking its files; `inspect` wants to see a damaged one."""
     folder = Path(path)
     file = folder / MANIFEST
+    if folder.is_file() and folder.suffix == ".tar":
+        raise DiffpressError(f"{folder} is a package, which only run takes: diffpress unpack {folder}")
     if not folder.is_dir():
         raise DiffpressError(f"there is no bundle at {folder}: compress a model first")
     if not file.is_file():

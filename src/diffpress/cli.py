@@ -182,10 +182,14 @@ def _run(options: argparse.Namespace) -> None:
     _check_file(output)
     from tqdm import tqdm
 
+    from diffpress.runtime import package
     from diffpress.runtime.image import save_png
     from diffpress.runtime.pipeline import Pipeline
 
-    pipeline = Pipeline.load(options.bundle, options.backend, options.precision, options.threads)
+    opened = package.opened(options.bundle, options.backend, progress=not options.quiet)
+    pipeline = Pipeline.load(opened, options.backend, options.precision, options.threads, fallback=options.fallback)
+    if pipeline.note:
+        print(f"diffpress: warning: {pipeline.note}: {pipeline.backend} runs it instead", file=sys.stderr)
     with tqdm(total=len(pipeline.sampling.timesteps), desc="denoising", unit="step", disable=options.quiet) as bar:
 
         def tick(*_: object) -> None:
@@ -200,6 +204,30 @@ def _run(options: argparse.Namespace) -> None:
     if not options.quiet:
         stages = ", ".join(f"{name} {value:.0f} ms" for name, value in images.stage_ms.items())
         print(f"{output}: {pipeline.backend} {pipeline.precision}, {stages}")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from diffpress.runtime import pack
+
+    pack.check_output(options.output)
+    _check_file(options.output)
+    opened = bundle.read(options.bundle)
+    chosen = {"image_to_image": options.image_to_image, "graphs": options.graphs, "progress": not options.quiet}
+    made = pack.pack(opened, options.target, options.output, **chosen)
+    if not options.quiet:
+        place = shlex.quote(str(made))
+        print(f"{made}: {made.stat().st_size / 1e6:.1f} MB for {', '.join(options.target)}\nnext, on the target:")
+        print(f'  diffpress run {place} "a prompt of yours" -o out.png')
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    from diffpress.runtime import package
+
+    output = options.output or options.package.with_suffix("")
+    _check_writable(output)
+    made = package.unpack(options.package, output)
+    if not options.quiet:
+        print(f"{made.path}: for {', '.join(made.manifest['package']['targets'])}")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -280,6 +308,8 @@ COMMANDS: dict[str, arguments.Command] = {
     "compress": _compress,
     "build": _build,
     "run": _run,
+    "pack": _pack,
+    "unpack": _unpack,
     "bench": _bench,
     "inspect": _inspect,
     "demo": _demo,

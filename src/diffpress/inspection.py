@@ -220,7 +220,7 @@ def _sizes(bundle: Bundle) -> dict[str, Any]:
     """Bytes on disk by folder; files beside the manifest count as 'manifest'."""
     groups: Counter[str] = Counter({"manifest": bundle.file(MANIFEST).stat().st_size})
     for name in sorted(_present(bundle)):
-        groups[name.split("/")[0] if "/" in name else "manifest"] += bundle.file(name).stat().st_size
+        groups[name.split("/")[0] if "/" in name else "manifest"] += (bundle.path / name).stat().st_size
     return {"groups": dict(groups), "bundle": sum(groups.values())}
 
 

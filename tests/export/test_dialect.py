@@ -18,7 +18,7 @@ from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.errors import DiffpressError
 from diffpress.export import attention, dialect, graphs, qdq, store
 from diffpress.plan import LayerQuant
-from diffpress.runtime import backends
+from diffpress.runtime import onnx_runtime
 from diffpress.runtime.backends import open_session
 from diffpress.runtime.pipeline import Pipeline
 
@@ -185,7 +185,7 @@ def test_without_vnni_the_session_asks_for_exact_products(tmp_path: Path, monkey
     assert rewritten is not None
     store.save({"model.onnx": graph, "model.onnxruntime.onnx": rewritten}, tmp_path)
     asked = []
-    library = backends._onnxruntime()
+    library = onnx_runtime.library()
 
     class Options(library.SessionOptions):  # type: ignore[misc,name-defined]
         def add_session_config_entry(self, key: str, value: str) -> None:
@@ -193,7 +193,7 @@ def test_without_vnni_the_session_asks_for_exact_products(tmp_path: Path, monkey
             super().add_session_config_entry(key, value)
 
     monkeypatch.setattr(library, "SessionOptions", Options)
-    monkeypatch.setattr(backends, "_has_vnni", lambda: False)
+    monkeypatch.setattr(onnx_runtime, "has_vnni", lambda: False)
     standard, ours = outputs(tmp_path)
     assert error(ours, standard) < 1e-5
     assert asked.count(("session.x64quantprecision", "1")) == 1  # for the dialect, not for the Q/DQ graph

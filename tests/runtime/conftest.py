@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from diffpress import bundle
 from diffpress.benchmarks.shapes.models import make_tokenizer
+from diffpress.errors import DiffpressError
 from diffpress.plan import Plan, Sampling, StepProgram, Variant
+from diffpress.runtime import cuda, tensor_rt
 
 TOKENS, WIDTH, CHANNELS, SIZE = 24, 6, 5, 4  # SIZE: of a latent; a picture is twice as wide
 FEATURE = "feature_0"
@@ -187,3 +193,96 @@ def make(tmp_path: Path, toy: Toy) -> Make:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fakes() -> ModuleType:
+    """`fakes.py` beside this file; tests are no package, so it is loaded by its path."""
+    spec = importlib.util.spec_from_file_location("fakes", Path(__file__).with_name("fakes.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Gpu:
+    """A GPU that is not there, and the libraries that are installed for it."""
+
+    cuda: Any  # FakeCuda
+    device: Any
+    libraries: dict[str, Any]  # backend -> FakeTensorRt
+
+
+@pytest.fixture
+def plug_in(fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Gpu]:
+    """Makes the runtime see a GPU of a compute capability, and TensorRT's libraries of these versions."""
+
+    def plug_in(capability: tuple[int, int] = (8, 9), capacity: int = 1 << 30, **versions: str) -> Gpu:
+        library = fakes.FakeCuda(capability, capacity)
+        driver = cuda.Driver(library)
+        device = cuda.Device(driver)
+        names = {name.replace("_", "-"): version for name, version in (versions or {"tensorrt": "10.9.0.34"}).items()}
+        found = {name: fakes.FakeTensorRt(library, name, version) for name, version in names.items()}
+
+        def module(backend: str) -> Any:
+            if backend not in found:
+                raise DiffpressError(f"'{backend}' is not installed")
+            return found[backend]
+
+        monkeypatch.setattr(cuda, "gpu", driver.gpu)
+        monkeypatch.setattr(cuda, "device", lambda: device)
+        monkeypatch.setattr(tensor_rt, "library", module)
+        return Gpu(library, device, found)
+
+    return plug_in
+
+
+@pytest.fixture
+def add_engines(fakes: ModuleType) -> Callable[..., bundle.Bundle]:
+    """Adds engines for `target` to a bundle, as `export` lists them; the fake libraries run them."""
+
+    def add_engines(
+        opened: bundle.Bundle,
+        target: str = "sm89",
+        library: str = "tensorrt",
+        version: str = "10.9.0.34",
+        most: int = 2,
+    ) -> bundle.Bundle:
+        graphs = {
+            **opened.manifest["graphs"],
+            **{name: f"{name}/model.onnx" for name in ("text_encoder", "vae_decoder")},
+        }
+        entries = [entry for entry in opened.manifest.get("engines", []) if entry["target"] != target]
+        for name, file in graphs.items():
+            model = onnx.load(opened.file(file))  # with its external data
+            rows = 1 if file not in opened.manifest["graphs"].values() else most
+            shapes = {
+                port.name: [
+                    [size.dim_value or rows_ for size in port.type.tensor_type.shape.dim] for rows_ in (1, rows, rows)
+                ]
+                for port in model.graph.input
+            }
+            variant = name if name in opened.manifest["graphs"] else None
+            path = opened.path / f"engines/{target}/{name}.engine"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(fakes.engine_bytes(model.SerializeToString(), [shapes]))
+            sidecar = {
+                "target": target,
+                "component": "unet" if variant else name,
+                "variant": variant,
+                "precision": "fp32",
+                "shapes": {key: dict(zip(("min", "opt", "max"), value, strict=True)) for key, value in shapes.items()},
+                "graph": file,
+                "sha256": {file: opened.manifest["files"][file]},
+                "bytes": path.stat().st_size,
+                "seconds": 1.0,
+                "versions": {library: version, "diffpress": "0.1.0"},
+            }
+            path.with_suffix(".json").write_text(json.dumps(sidecar))
+            keys = ("target", "component", "variant", "precision", "bytes", "seconds")
+            listed = {key: sidecar[key] for key in keys}
+            entries.append({**listed, "path": f"engines/{target}/{name}.engine"})
+        return bundle.update(opened, engines=entries)
+
+    return add_engines

@@ -14,7 +14,8 @@ from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, Plan, Sampling, StepProgram, TemporalTable
 from diffpress.runtime import backends
 from diffpress.runtime.noise import randn
-from diffpress.runtime.pipeline import Pipeline, choose, find_problem
+from diffpress.runtime.opening import choose
+from diffpress.runtime.pipeline import Pipeline, find_problem
 from diffpress.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
