@@ -33,6 +33,8 @@ def source(model: Model, work: Path) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        for part in ("unet", "vae"):
+            (partial / part).mkdir(parents=True)
         scale_models.create(scale_models.MODELS[model.name], partial)
         partial.rename(folder)
     return str(folder)
