@@ -89,12 +89,19 @@ def opened(work: Path, model: str, row: Row) -> Bundle:
     if not (folder / bundles.MANIFEST).exists():
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(bundle.path, partial, copy_function=os.link)  # only its manifest will be written anew
+        shutil.copytree(bundle.path, partial, copy_function=_link)  # only its manifest will be written anew
         (partial / bundles.MANIFEST).unlink()
         shutil.copyfile(bundle.path / bundles.MANIFEST, partial / bundles.MANIFEST)
         builder.build(bundles.read(partial), orders(bundle), machine, row.runner)
         partial.rename(folder)
     return bundles.read(folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def orders(bundle: Bundle) -> list[dict[str, Any]]:

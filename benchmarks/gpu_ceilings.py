@@ -7,6 +7,7 @@ ceiling is what was reached once.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,16 @@ COPIED = 1 << 30  # bytes, or an eighth of the device's memory where that is les
 ROUNDS, WARMUP, REPEATS = 12, 3, 4
 
 
-def measure(device: Device, memory_bytes: int, size: int = SIZE, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Operations per second by type, bytes per second (read and written), and for what is missing the reason."""
+def measure(
+    device: Device, memory_bytes: int, size: int = SIZE, rounds: int = ROUNDS, place: str = "cuda"
+) -> dict[str, Any]:
+    """Operations per second by type, bytes per second (read and written), and for what is missing the reason.
+
+    Products are torch's, on its device `place`; the copy needs the driver alone.
+    """
     found: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
-    for kind, make in products(device.torch, size).items():
+    for kind, make in products(place, size).items():
         try:
             found[kind] = 2 * size**3 * REPEATS / _fastest_s(device, make(), rounds)
         # What a build of torch or a GPU lacks it says by any of these.
@@ -29,7 +35,7 @@ def measure(device: Device, memory_bytes: int, size: int = SIZE, rounds: int = R
             found[kind] = None
             reasons[kind] = (str(error).strip().splitlines() or [type(error).__name__])[0]
         finally:
-            _empty_cache(device.torch)
+            _empty_cache(place)
     return {
         "operations_per_s": found,
         "bytes_per_s": device.copied_bytes_per_s(min(COPIED, memory_bytes // 8), rounds),
@@ -91,6 +97,5 @@ def _fastest_s(device: Device, product: Callable[[], object], rounds: int) -> fl
 
 
 def _empty_cache(place: str) -> None:
-    if place == "cuda":
-        torch: Any = importlib.import_module("torch")
-        torch.cuda.empty_cache()
+    if place == "cuda" and "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()

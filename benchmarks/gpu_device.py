@@ -51,6 +51,7 @@ class Device:
     """The first GPU; raises `DiffpressError` where there is none. `library` and `memory` stand in for the driver's."""
 
     torch = "cuda"  # where torch runs
+    runs_torch = True  # whether that is this device
 
     def __init__(self, library: Any = None, memory: cuda.Device | None = None) -> None:
         self._library, self._memory = library, memory

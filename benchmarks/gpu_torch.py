@@ -136,12 +136,13 @@ class Torch:
         sample = torch.randn(2, unet.config.in_channels, side, side, generator=generator).to(self.place, self.dtype)
         text = torch.randn(2, tokens, width, generator=generator).to(self.place, self.dtype)
         time = torch.full((1,), 500.0, device=self.place)
+        whole = torch.tensor(500, device=self.place)  # as a scheduler has it: another type would be compiled anew
 
         @torch.no_grad()
         def run(index: int) -> object:
             if isinstance(unet, Stepped):
                 return unet.call(index, sample, time, text)
-            return unet(sample, time[0], encoder_hidden_states=text, return_dict=False)
+            return unet(sample, whole, encoder_hidden_states=text, return_dict=False)
 
         steps = self.program.steps if self.program else (FULL,)
         first = {name: steps.index(name) for name in dict.fromkeys(steps)}

@@ -57,13 +57,6 @@ class Work:
         """Of weights and activations."""
         return self.weight_bytes + self.activation_bytes
 
-    def roofline_s(self, operations_per_s: Mapping[str, float], bytes_per_s: float) -> float:
-        """The least seconds on a device of these measured ceilings.
-
-        Raises `KeyError` for a type of arithmetic that has no ceiling.
-        """
-        return max(sum(count / operations_per_s[kind] for kind, count in self.flops.items()), self.bytes / bytes_per_s)
-
 
 def count(source: Path | ir.Model, batch: int) -> Work:
     """Count a graph that runs with `batch` rows; a file's weights are not read.

@@ -42,7 +42,7 @@ def to_half(model: ir.Model, keep: Collection[str] = KEPT, exact: Collection[str
     rewriting = _Rewriting(graph, _exact_nodes(graph, exact))
     for value in graph.inputs:
         if value.dtype == FLOAT and value.name not in keep:
-            value.dtype = HALF
+            value.type = ir.TensorType(HALF)  # not its dtype: a copy of a graph shares the types of its values
     for node in list(graph):
         if node not in rewriting.exact:
             rewriting.convert(node)
@@ -51,7 +51,8 @@ def to_half(model: ir.Model, keep: Collection[str] = KEPT, exact: Collection[str
             name = value.name
             cast = ir.node("Cast", [value], {"to": FLOAT}, name=f"{name}_to_float")
             value.name = f"{name}_half"
-            cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].dtype = name, value.shape, FLOAT
+            made = cast.outputs[0]
+            made.name, made.shape, made.type = name, value.shape, ir.TensorType(FLOAT)
             graph.append(cast)
             graph.outputs[index] = cast.outputs[0]
     rewriting.tidy()
@@ -95,7 +96,7 @@ class _Rewriting:
                 self._constant(node, name)
         for output in node.outputs:
             if output.dtype == FLOAT:
-                output.dtype = HALF
+                output.type = ir.TensorType(HALF)
 
     def _constant(self, node: ir.Node, name: str) -> None:
         attribute: Any = node.attributes[name]
@@ -111,7 +112,7 @@ class _Rewriting:
             else:
                 cast = ir.node("Cast", [value], {"to": HALF}, name=f"{value.name}_to_half")
                 made = cast.outputs[0]
-                made.name, made.shape, made.dtype = f"{value.name}_in_half", value.shape, HALF
+                made.name, made.shape, made.type = f"{value.name}_in_half", value.shape, ir.TensorType(HALF)
                 producer = value.producer()
                 if producer is None:
                     self.graph.insert_before(self.graph[0], cast)

@@ -114,15 +114,6 @@ def test_formats_of_products(weight: str, inputs: str | None, kind: str, bits: i
     assert linear.activation_bytes == 16 * (16 * (1 if inputs else 4) + 32 * 4)
 
 
-def test_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
-    work = flops.Work({"int8": 1000, "fp16": 500}, 60, 40)
-    ceilings = {"int8": 100.0, "fp16": 50.0}
-    assert work.roofline_s(ceilings, 1000.0) == pytest.approx(20)
-    assert work.roofline_s(ceilings, 1.0) == pytest.approx(100)
-    with pytest.raises(KeyError):
-        work.roofline_s({"int8": 100.0}, 1.0)
-
-
 def test_control_flow_is_refused() -> None:
     inner = ir.Graph([], [], nodes=[], name="inner")
     value = ir.Value(name="x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.BOOL))
