@@ -15,10 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import diffpress
 from diffpress.benchmarks import candidates, gpu_bundles, gpu_rows, machine, quality
 from diffpress.benchmarks.gpu_bundles import file_name
 from diffpress.benchmarks.gpu_device import ABSENT, Device
+from diffpress.benchmarks.gpu_launch import Failed, Job, Launch, launched
 from diffpress.benchmarks.gpu_rows import BASELINE, MODELS, RECIPES, WHOLE, Model, Row
 from diffpress.errors import DiffpressError
 from diffpress.runtime import cuda
@@ -39,44 +36,7 @@ NOTE = (
     "number. Ratios are medians of paired rounds. `sd15` has random weights: its images show nothing, its times are "
     "those of the size."
 )
-LIMIT_S = 2400  # of one job: an engine or a compilation of a large model may take half an hour
-LONGEST = 300  # letters of a reason
 LATENCIES = ("p50_ms", "p90_ms", "p99_ms", "runs")
-
-Job = dict[str, Any]
-Launch = Callable[[Job, Path], dict[str, Any]]
-
-
-class Failed(Exception):
-    """A job did not end well; the message is a row's reason."""
-
-
-def launched(job: Job, log: Path) -> dict[str, Any]:
-    """Do a job in a process of its own, whose output goes to `log`; raises `Failed` with its reason."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    file, result = log.with_suffix(".job.json"), log.with_suffix(".result.json")
-    file.write_text(json.dumps({**job, "result": str(result)}), "utf-8")
-    result.unlink(missing_ok=True)
-    path = os.pathsep.join([str(Path(diffpress.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "diffpress.benchmarks.gpu_worker", str(file)]
-    with log.open("wb") as stream:
-        try:
-            code = subprocess.run(
-                command, stdout=stream, stderr=stream, timeout=LIMIT_S, env=os.environ | {"PYTHONPATH": path}
-            ).returncode
-        except subprocess.TimeoutExpired as error:
-            raise Failed(f"it did not finish within {LIMIT_S} s, see {log.name}") from error
-    if code or not result.exists():
-        raise Failed(told(code, log.read_text("utf-8", errors="replace")))
-    found: dict[str, Any] = json.loads(result.read_text("utf-8"))
-    return found
-
-
-def told(code: int, log: str) -> str:
-    """Why a process ended, in one line: its last words, and the signal that ended it."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    words = (lines or ["it said nothing"])[-1][:LONGEST]
-    return f"ended by {signal.Signals(-code).name}: {words}" if code < 0 else words
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffpress.benchmarks import candidates, gpu, gpu_bundles, gpu_rows, gpu_worker
+from diffpress.benchmarks import candidates, gpu, gpu_bundles, gpu_launch, gpu_rows, gpu_worker
 from diffpress.benchmarks.candidates import Drawn
-from diffpress.benchmarks.gpu import Bench, Failed, Job
+from diffpress.benchmarks.gpu import Bench
 from diffpress.benchmarks.gpu_device import Device, Peak
+from diffpress.benchmarks.gpu_launch import Failed, Job, Launch
 from diffpress.benchmarks.gpu_rows import BASELINE, MODELS, RECIPES, WHOLE, Model, Row
 from diffpress.benchmarks.latency import alternate, wall_clock
 from diffpress.compress.recipe import Recipe
@@ -44,7 +45,7 @@ class Cpu(Device):
         return {"energy_j": None, "power_w": None, "energy_reason": "a processor"}
 
 
-def bench(folder: Path, launch: gpu.Launch, **changes: Any) -> Bench:
+def bench(folder: Path, launch: Launch, **changes: Any) -> Bench:
     made = Bench(folder, "sm89", "cuda", folder / "state", launch, only=("nothing",))
     return replace(made, **changes)
 
@@ -189,20 +190,22 @@ def test_a_call_beside_the_ceilings() -> None:
         (1, "Traceback\n  File\ntorch.OutOfMemoryError: too much\n", "torch.OutOfMemoryError: too much"),
         (-11, "opening\rbar 3/4\r", "ended by SIGSEGV: bar 3/4"),
         (1, "\n", "it said nothing"),
-        (1, "x" * 1000, "x" * gpu.LONGEST),
+        (1, "x" * 1000, "x" * gpu_launch.LONGEST),
     ],
 )  # fmt: skip
 def test_last_words_are_the_reason(code: int, log: str, words: str) -> None:
-    assert gpu.told(code, log) == words
+    assert gpu_launch.told(code, log) == words
 
 
 def test_a_job_is_a_process_whose_error_comes_back(tmp_path: Path) -> None:
     if cuda.gpu() is not None:
         pytest.skip("there is a GPU here: the job would succeed")
     with pytest.raises(Failed, match="no NVIDIA GPU found"):
-        gpu.launched({"do": "ceilings", "memory_bytes": 1 << 30}, tmp_path / "logs" / "ceilings.log")
+        gpu_launch.launched({"do": "ceilings", "memory_bytes": 1 << 30}, tmp_path / "logs" / "ceilings.log")
     with pytest.raises(Failed, match="KeyError"):
-        gpu.launched({"do": "make", "work": str(tmp_path), "model": "none", "recipe": "fp16"}, tmp_path / "a.log")
+        gpu_launch.launched(
+            {"do": "make", "work": str(tmp_path), "model": "none", "recipe": "fp16"}, tmp_path / "a.log"
+        )
 
 
 # -- measuring, the processor as the device ----------------------------------------------------------------------------

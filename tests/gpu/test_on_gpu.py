@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffpress import api
-from diffpress.benchmarks import gpu, gpu_bundles, quality
+from diffpress.benchmarks import gpu_bundles, gpu_launch, quality
 from diffpress.benchmarks.gpu_device import Device
 from diffpress.benchmarks.gpu_rows import BASELINE, Model, Row
 from diffpress.bundle import Bundle
@@ -174,7 +174,7 @@ def test_ceilings_of_this_gpu(tmp_path: Path) -> None:
     found = cuda.gpu()
     assert found is not None
     job = {"do": "ceilings", "memory_bytes": found.memory_bytes, "sizes": {"size": 2048, "rounds": 3}}
-    ceilings = gpu.launched(job, tmp_path / "ceilings.log")
+    ceilings = gpu_launch.launched(job, tmp_path / "ceilings.log")
     assert ceilings["bytes_per_s"] > 1e10
     for kind, peak in ceilings["operations_per_s"].items():
         assert peak is None or peak > 1e10, kind
