@@ -1,5 +1,7 @@
 """Graphs in half precision against the float ones in ONNX Runtime, and engines of them."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -89,26 +91,38 @@ def test_large_constants_stay_finite() -> None:
     assert half._rounded(np.array([1e9, -1e9, np.inf, 2.0], np.float32)).tolist() == [65504.0, -65504.0, np.inf, 2.0]
 
 
+Pair = tuple[Bundle, Bundle]
+
+
 @pytest.fixture(scope="module")
-def pair(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
-    """A cached INT8 bundle, and the same in half precision."""
-    folder = tmp_path_factory.mktemp("half")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        "passes:\n  - quantize: {format: int8}\n  - temporal-table\n  - cache: {interval: 2, branch: 0}\n"
-    )
-    made = api.compress(str(tiny_pipeline), str(recipe), folder / "float", steps=4, quiet=True)
-    return made, half.halve(made, folder / "half")
+def make(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """A bundle of some passes, and the same in half precision."""
+
+    @cache
+    def made(passes: str) -> Pair:
+        folder = tmp_path_factory.mktemp("half")
+        (folder / "recipe.yaml").write_text(f"passes: [{passes}]")
+        full = api.compress(str(tiny_pipeline), str(folder / "recipe.yaml"), folder / "float", steps=4, quiet=True)
+        return full, half.halve(full, folder / "half")
+
+    return made
 
 
-def test_a_bundle_in_half_precision_runs(pair: tuple[Bundle, Bundle]) -> None:
+@pytest.fixture(scope="module")
+def pair(make: Callable[[str], Pair]) -> Pair:
+    return make("{quantize: {format: int8}}, {cache: {interval: 2, branch: 0}}")
+
+
+def test_a_bundle_in_half_precision_draws_the_same(make: Callable[[str], Pair]) -> None:
+    # Not the one in INT8: values that fall the other way grow in a network that is not trained.
+    pair = make("temporal-table, {cache: {interval: 2, branch: 0}}")
     images = [Pipeline.load(one.path, "onnxruntime")(["a red circle"], [3], keep_latents=True) for one in pair]
     wanted, got = (image.latents[-1] for image in images)
-    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 0.02
+    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 0.01
     assert images[1].problem is None
 
 
-def test_a_bundle_in_half_precision_is_smaller_and_whole(pair: tuple[Bundle, Bundle]) -> None:
+def test_a_bundle_in_half_precision_is_smaller_and_whole(pair: Pair) -> None:
     full, small = pair
     assert bundle.problems(small) == []
     assert small.manifest["precision"] == "fp16" and small.manifest["dialects"] == {}
@@ -119,7 +133,7 @@ def test_a_bundle_in_half_precision_is_smaller_and_whole(pair: tuple[Bundle, Bun
         half.halve(full, small.path)
 
 
-def test_engines_of_half_graphs_build(pair: tuple[Bundle, Bundle]) -> None:
+def test_engines_of_half_graphs_build(pair: Pair) -> None:
     pytest.importorskip("tensorrt_rtx", reason="no TensorRT for RTX here")
     made = api.build(pair[1].path, ["sm89"], quiet=True)
     found = {entry["variant"] or entry["component"]: entry["precision"] for entry in made.manifest["engines"]}
