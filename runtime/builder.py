@@ -29,15 +29,24 @@ COMPUTED = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 
 def library(machine: Machine, backend: str = "auto") -> str:
     """The installed library that builds and runs here, the one that was asked for if any; raises `DiffpressError`."""
-    wanted = [backend] if backend in backends.ENGINES else ["tensorrt", "tensorrt-rtx"]
-    found = next((name for name in wanted if name in machine.versions), None)
-    if found is None:
+    found = installed(machine, backend)
+    if not found:
+        wanted = _wanted(backend)
         raise DiffpressError(
             f"this package builds its engines on its first start, and {' or '.join(wanted)} is not installed: "
             f"pip install 'diffpress[{tensor_rt.EXTRAS[wanted[0]]}]' (on a Jetson it comes with JetPack), or --backend "
             "onnxruntime-cuda"
         )
-    return found
+    return found[0]
+
+
+def installed(machine: Machine, backend: str = "auto") -> list[str]:
+    """The libraries that could build and run here, the preferred one first."""
+    return [name for name in _wanted(backend) if name in machine.versions]
+
+
+def _wanted(backend: str) -> list[str]:
+    return [backend] if backend in backends.ENGINES else ["tensorrt", "tensorrt-rtx"]
 
 
 def build(

@@ -146,6 +146,7 @@ class Device:
 
     def allocate(self, size: int) -> Block:
         """At least `size` bytes, aligned."""
+        self.activate()
         size = max(-(-size // ALIGNMENT), 1) * ALIGNMENT
         if self._free[size]:
             return Block(self, self._free[size].pop(), size)
@@ -259,8 +260,9 @@ class Block:
 def driver() -> Driver | None:
     """The machine's driver, or None where there is none or it does not start."""
     try:
-        loaded = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
-        return Driver(loaded)
+        if sys.platform == "win32":
+            return Driver(ctypes.WinDLL("nvcuda.dll"))
+        return Driver(ctypes.CDLL("libcuda.so.1"))
     except (OSError, AttributeError, CudaError):  # no library, one that is too old, no GPU for it
         return None
 

@@ -70,6 +70,9 @@ def _has_qdq(file: Path) -> bool:
 class OnnxRuntime:
     """ONNX Runtime; takes any batch size, so there is nothing to prepare."""
 
+    _device = "cuda"  # where a `DeviceArray` is, as the library calls it
+    _copies = False  # whether arrays of the host are copied when they are bound
+
     def __init__(self, file: Path, backend: str, precision: str, threads: int | None) -> None:
         self._library: Any = library()
         self._errors = _errors()
@@ -94,6 +97,8 @@ class OnnxRuntime:
 
     def _opened(self, options: Any) -> Any:
         providers = provider_options(self._backend, self._precision, self._file)
+        for folder in (value for _, table in providers for key, value in table.items() if key.endswith("_path")):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         if self._file.name.endswith(DIALECT) and not has_vnni():
             # Without VNNI its products of uint8 by int8 saturate in between; these are exact, and slower. What this
             # does to Q/DQ that is left in the graph (other formats) it then refuses to run.
@@ -127,11 +132,12 @@ class OnnxRuntime:
         if binding is None or feeds.keys() != self.inputs.keys():
             binding, bound = self._session.io_binding(), {}
         for name, value in feeds.items():
-            if bound.get(name) is value:
+            there = isinstance(value, DeviceArray)
+            if bound.get(name) is value and (there or not self._copies):
                 continue
-            if isinstance(value, DeviceArray):
+            if there:
                 bound[name] = value
-                binding.bind_input(name, "cuda", 0, value.dtype, value.shape, value.address)
+                binding.bind_input(name, self._device, 0, value.dtype, value.shape, value.address)
             else:
                 bound[name] = np.ascontiguousarray(value)  # held, because the binding knows only its address
                 binding.bind_cpu_input(name, bound[name])
@@ -141,7 +147,8 @@ class OnnxRuntime:
                 binding.bind_output(name, "cpu")  # the library allocates, anew for each run
             elif bound.get(name) is not into[name]:
                 target = bound[name] = into[name]
-                device, address = ("cuda", target.address) if isinstance(target, DeviceArray) else _host(target)
+                there = isinstance(target, DeviceArray)
+                device, address = (self._device, target.address) if there else ("cpu", target.ctypes.data)
                 binding.bind_output(name, device, 0, port.dtype, target.shape, address)
         self._session.run_with_iobinding(binding)
         self._binding, self._bound = binding, bound
@@ -152,16 +159,18 @@ class OnnxRuntime:
 class OnnxRuntimeOnGpu(OnnxRuntime):
     """ONNX Runtime on an NVIDIA GPU; what is kept between runs stays in its memory."""
 
+    _copies = True
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
         """An array in the memory of the GPU, allocated by the library."""
-        return DeviceArray(_Block(self._library, shape, dtype), shape, dtype)
+        return DeviceArray(_Block(self._library, shape, dtype, self._device), shape, dtype)
 
 
 class _Block:
     """Memory that belongs to an `OrtValue`, as `Memory`."""
 
-    def __init__(self, library: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self._value = library.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, "cuda", 0)
+    def __init__(self, library: Any, shape: tuple[int, ...], dtype: np.dtype, device: str) -> None:
+        self._value = library.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device, 0)
         self._shape, self._dtype = shape, dtype
         self.address = int(self._value.data_ptr())
 
@@ -175,10 +184,6 @@ class _Block:
         values = self._value.numpy().reshape(-1)
         start = offset // self._dtype.itemsize
         target.reshape(-1)[:] = values[start : start + target.size]
-
-
-def _host(array: np.ndarray) -> tuple[str, int]:
-    return "cpu", array.ctypes.data
 
 
 @cache

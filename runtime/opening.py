@@ -37,15 +37,18 @@ class Opening:
         """What to open for one graph; raises `DiffpressError` when the bundle does not list it or its weights."""
         if name in self.engines:
             return self.bundle.file(self.engines[name].path)
-        if self.engines:
-            raise DiffpressError(f"{self.bundle.path} has no engine of {name}: build its engines again, or --fallback")
         return self.bundle.file(external.parts(self.bundle, graph)[0])
 
     def open(self, file: Path, precision: str | None = None) -> Session:
-        """Open what `file` returned; `precision` instead of the chosen one, which engines do not ask for."""
+        """Open what `file` returned; `precision` instead of the chosen one, which engines do not ask for.
+
+        A graph beside engines, such as the VAE's encoder, which few runs need, runs on a library that takes graphs.
+        """
         for engine in self.engines.values():
             if self.bundle.file(engine.path) == file:
                 return engines.open_engine(self.bundle, engine)
+        if self.engines:
+            return backends.open_session(file, *_fallback("fp32"), self.threads)
         return backends.open_session(file, self.backend, precision or self.precision, self.threads)
 
     def component(self, name: str, precision: str | None = None) -> Session:

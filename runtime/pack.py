@@ -45,17 +45,21 @@ def pack(
     """Write the package `output` for `targets` ("cpu", "sm89", ...), and return it.
 
     A target gets its engines; "cpu" gets graphs, and so does a target that no builder here compiles for: it builds its
-    engines on its first start. `graphs` adds them for every target (`--fallback` needs them there), `image_to_image`
-    the VAE's encoder. The file appears whole or not at all. Raises `DiffpressError`.
+    engines on its first start. `graphs` adds them for every target, which `--fallback` needs there; one without engines
+    then builds its own. `image_to_image` adds the VAE's encoder. The file appears whole or not at all.
+
+    Raises `DiffpressError` for an unknown target, for missing engines and for a file that is there already.
     """
     check_output(output)
     bundle = load(bundle.path)
     program = StepProgram.from_json(bundle.manifest["program"])
     found = _Found(bundle, program, image_to_image)
-    entries, building = _engines(found, _checked(targets))
+    entries, building = _engines(found, _checked(targets), graphs)
     chosen = set(found.small)
     if CPU in targets or graphs or building:
         chosen |= found.graphs(dialects=CPU in targets or graphs)
+    if image_to_image and any(not found.has_encoder(entries, target) for target in targets if target not in building):
+        chosen |= set(external.parts(bundle, found.components[IMAGE_TO_IMAGE]))
     for entry in entries:
         chosen |= {entry["path"], entry["path"].removesuffix(".engine") + ".json"}
     package: dict[str, Any] = {"targets": sorted(set(targets))}
@@ -112,6 +116,10 @@ class _Found:
         """Of the engines that a run needs."""
         return [*self.variants, *self.components]
 
+    def has_encoder(self, entries: Sequence[Mapping[str, Any]], target: str) -> bool:
+        """Whether these engines for a target are one of the VAE's encoder as well."""
+        return any(entry["target"] == target and entry["component"] == IMAGE_TO_IMAGE for entry in entries)
+
     def graphs(self, dialects: bool) -> set[str]:
         """The graphs that a run needs, with their weights; other backends' dialects of them as well."""
         files = [*self.variants.values(), *self.components.values()]
@@ -143,7 +151,7 @@ def _checked(targets: Iterable[str]) -> list[str]:
     return found
 
 
-def _engines(found: _Found, targets: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def _engines(found: _Found, targets: Sequence[str], graphs: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """The manifest's entries of the engines that go with the package, and the targets that build their own."""
     bundle, entries, building = found.bundle, [], []
     listed = {engine.path: engine for engine in engines.listed(bundle)}
@@ -152,10 +160,13 @@ def _engines(found: _Found, targets: Sequence[str]) -> tuple[list[dict[str, Any]
         ours = [entry for entry in ours if listed[entry["path"]].name in found.names]
         build = f"diffpress build {bundle.path} --target {target}"
         if not ours and target != CPU:
-            if target in BUILT_HERE:
-                raise DiffpressError(f"{bundle.path} has no engines for {target}: run {build} first")
+            if target in BUILT_HERE and not graphs:
+                raise DiffpressError(
+                    f"{bundle.path} has no engines for {target}: run {build} first, or pack with --graphs and let the "
+                    "target build them"
+                )
             building.append(target)
-        missing = set(found.names) - {listed[entry["path"]].name for entry in ours}
+        missing = {*found.names} - {IMAGE_TO_IMAGE} - {listed[entry["path"]].name for entry in ours}
         if ours and missing:
             raise DiffpressError(f"{bundle.path} has no {target} engine of {min(missing)}: run {build} again")
         for entry in ours:

@@ -29,23 +29,23 @@ LARGEST_MANIFEST = 64 << 20  # bytes; it is read into memory before anything is 
 CHUNK = 1 << 20
 
 
-def opened(source: str | Path, backend: str = "auto", progress: bool = True) -> Bundle:
+def opened(source: str | Path, backend: str = "auto", progress: bool = True, fallback: bool = False) -> Bundle:
     """The bundle at `source`, a folder or a package, checked file by file and ready to run on `backend`.
 
     A package is unpacked beside itself (box.tar to box.unpacked/, or the user's cache folder where that cannot be
-    written) unless it already is. One that builds its engines on the target does so on its first start. Two processes
-    do not do either twice. Raises `DiffpressError`.
+    written) unless it already is. One that builds its engines on the target does so on its first start; with `fallback`
+    a missing library is no error, its graphs will run. Two processes do not do either twice. Raises `DiffpressError`.
     """
     path = Path(source)
     bundle = bundles.load(_unpacked(path, progress) if path.is_file() else path)
-    return _built(bundle, backend, progress)
+    return _built(bundle, backend, progress, fallback)
 
 
 def unpack(file: Path, output: Path) -> Bundle:
     """Unpack a package into the new folder `output`; raises `DiffpressError` and leaves nothing if it is not whole."""
-    bundles.refuse_existing(output)
     with _archive(file) as archive:
         manifest, document = _manifest(file, archive)
+        bundles.refuse_existing(output)
         _check_space(file, manifest, output)
         with bundles.create(output) as folder:
             _extract(file, archive, manifest, folder)
@@ -74,7 +74,7 @@ def _unpacked(file: Path, progress: bool) -> Path:
     return folder
 
 
-def _built(bundle: Bundle, backend: str, progress: bool) -> Bundle:
+def _built(bundle: Bundle, backend: str, progress: bool, fallback: bool) -> Bundle:
     """The bundle with engines that this machine's GPU runs, where it is a package that builds them on its target."""
     orders = bundle.manifest.get("package", {}).get("build")
     if not orders or backend not in ("auto", *backends.ENGINES):
@@ -82,6 +82,8 @@ def _built(bundle: Bundle, backend: str, progress: bool) -> Bundle:
     machine = Machine.here()
     if machine is None or machine.gpu.target not in orders["targets"]:
         return bundle  # what is chosen to run it says why, or does without engines
+    if fallback and not builder.installed(machine, backend):
+        return bundle
     names = [order["variant"] or order["component"] for order in orders["engines"]]
     library = builder.library(machine, backend)
 

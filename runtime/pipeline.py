@@ -71,7 +71,7 @@ class Pipeline:
         `fallback` runs graphs where engines do not fit, see `choose_opening`. `sampling` replaces the bundle's
         schedule, which only a bundle whose graphs are not bound to theirs allows. Raises `DiffpressError`.
         """
-        bundle = source if isinstance(source, Bundle) else package.opened(source, backend)
+        bundle = source if isinstance(source, Bundle) else package.opened(source, backend, fallback=fallback)
         try:
             schedule, program = _schedule(bundle, sampling)
             known = bundle.manifest["graphs"]

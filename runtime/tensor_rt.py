@@ -96,8 +96,13 @@ class TensorRt:
         # Engines that carry host code are refused: the library's default, and nothing in a bundle is executed.
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._read(digest)
+        if not hasattr(self._engine, "device_memory_size_v2"):
+            raise DiffpressError(
+                f"{backend} {self._trt.__version__} is too old to run engines here: install 10.1 or newer"
+            )
         self._profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
-        inputs, outputs = {}, {}
+        inputs: dict[str, Port] = {}
+        outputs: dict[str, Port] = {}
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             read = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
@@ -108,8 +113,10 @@ class TensorRt:
             shapes = {name: self._engine.get_tensor_profile_shape(name, profile) for name in inputs}
             self._profiles.append({name: tuple(tuple(shape) for shape in three) for name, three in shapes.items()})
         self._contexts: dict[int, _Context] = {}
-        self._capturable = backend == "tensorrt"  # TensorRT for RTX captures by itself, see `_new_context`
-        self._scratch_bytes = int(self._stream_weights().device_memory_size_v2)
+        streams = self._stream_weights()
+        self._scratch_bytes = int(self._engine.device_memory_size_v2)
+        self._graphs = not streams  # weights that come and go during a run are nothing for a graph
+        self._capturable = self._graphs and backend == "tensorrt"  # TensorRT for RTX captures by itself
         self._config, self._cache, self._cached = self._runtime_config(cache), cache, 0
 
     # -- opening ---------------------------------------------------------------------------------------------------
@@ -138,11 +145,13 @@ class TensorRt:
         shape = tuple(None if size < 0 else int(size) for size in self._engine.get_tensor_shape(name))
         return Port(shape, np.dtype(DTYPES[kind]))
 
-    def _stream_weights(self) -> Any:
-        """Let the library choose how much of the weights stays on the device, where the engine leaves it open."""
-        if getattr(self._engine, "streamable_weights_size", 0):
-            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
-        return self._engine
+    def _stream_weights(self) -> bool:
+        """Let the library choose how much of the weights stays on the device, where the engine leaves that open."""
+        streamable = int(getattr(self._engine, "streamable_weights_size", 0))
+        if not streamable:
+            return False
+        self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        return int(self._engine.weight_streaming_budget_v2) < streamable
 
     def _runtime_config(self, cache: Path | None) -> Any:
         """TensorRT for RTX compiles kernels here: once for each shape, kept on disk, captured as CUDA graphs."""
@@ -151,7 +160,8 @@ class TensorRt:
             return None
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        whole = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        config.cuda_graph_strategy = whole if self._graphs else trt.CudaGraphStrategy.DISABLED
         # The batch sizes are few and come again: their own kernels at once, not a general one until they are there.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         if cache is not None:

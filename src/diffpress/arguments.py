@@ -14,8 +14,10 @@ Command = Callable[[argparse.Namespace], None]
 
 BUNDLE = "a folder that 'diffpress compress' made"
 # As in runtime.backends, which would cost an import of numpy here.
-BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
-BACKENDS += ("openvino", "openvino-gpu", "onnxruntime")
+ENGINES = ("tensorrt", "tensorrt-rtx")
+GRAPHS = ("openvino", "openvino-gpu", "onnxruntime")
+PROVIDERS = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
+BACKENDS = ("auto", *ENGINES, *GRAPHS, *PROVIDERS)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "tf32")
 
 # Name -> what it does, and an example with what a first user wants to know.

@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace) -> None:
     from diffpress.runtime.image import save_png
     from diffpress.runtime.pipeline import Pipeline
 
-    opened = package.opened(options.bundle, options.backend, progress=not options.quiet)
+    opened = package.opened(options.bundle, options.backend, not options.quiet, options.fallback)
     pipeline = Pipeline.load(opened, options.backend, options.precision, options.threads, fallback=options.fallback)
     if pipeline.note:
         print(f"diffpress: warning: {pipeline.note}: {pipeline.backend} runs it instead", file=sys.stderr)

@@ -32,7 +32,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     seen |= {name: manifest.get(name) for name in COPIED}
     seen["sampling"] = _attempt(found, "the sampling schedule", lambda: _sampling(manifest))
     seen["program"] = _attempt(found, "the step program", lambda: _program(bundle))
-    seen["quantization"] = _attempt(found, "the plan", lambda: _quantization(bundle))
+    planless = "package" in manifest  # what a target runs is in its graphs; the plan stays behind
+    seen["quantization"] = None if planless else _attempt(found, "the plan", lambda: _quantization(bundle))
     seen["sizes"] = {**manifest.get("sizes", {}), **_sizes(bundle)}
     seen |= {name: manifest.get(name) for name in ("measured", "default_backend", "parity")}
     seen["engines"] = manifest.get("engines", [])

@@ -226,6 +226,7 @@ class FakeTensorRt:
 
 class FakeEngine:
     streamable_weights_size = 0
+    weight_streaming_budget_v2 = 0
     device_memory_size_v2 = SCRATCH
     kinds: ClassVar[dict[str, str]] = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64", "tensor(float16)": "HALF"}
 
@@ -257,6 +258,9 @@ class FakeEngine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
         return self.head["profiles"][profile][name]
 
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 500
+
     def create_runtime_config(self) -> Any:
         config = SimpleNamespace(cache=None)
         config.set_execution_context_allocation_strategy = lambda value: setattr(config, "memory", value)
@@ -266,7 +270,8 @@ class FakeEngine:
         return config
 
     def create_execution_context(self, how: Any) -> FakeContext:
-        assert how == 2 or (how.memory == 2 and how.cuda_graph_strategy == 1)  # memory of ours
+        graphs = int(self.weight_streaming_budget_v2 >= self.streamable_weights_size)
+        assert how == 2 or (how.memory == 2 and how.cuda_graph_strategy == graphs)  # memory of ours
         context = FakeContext(self, getattr(how, "cache", None))
         self.module.contexts.append(context)
         return context

@@ -185,6 +185,26 @@ def test_an_engine_that_cannot_be_captured_runs_without(plug_in: Callable[..., A
     assert plugged.cuda.calls.count("cuGraphLaunch") == 0
 
 
+@pytest.mark.parametrize(("size", "captures"), [(400, 1), (600, 0)])
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_weights_that_are_streamed_are_not_captured(
+    plug_in: Callable[..., Any],
+    opened: Opened,
+    fakes: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    size: int,
+    captures: int,
+) -> None:
+    plugged = plug_in(**{backend.replace("-", "_"): "1"})
+    monkeypatch.setattr(fakes.FakeEngine, "streamable_weights_size", size)
+    session = opened(plugged, backend=backend)
+    for _ in range(3):
+        check(session.run(feeds(2)), feeds(2))
+    wanted = captures if backend == "tensorrt" else 0  # the other captures by itself
+    assert plugged.cuda.calls.count("cuStreamBeginCapture_v2") == wanted
+
+
 def test_engines_share_working_memory_that_may_move(
     plug_in: Callable[..., Any], opened: Opened, fakes: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
