@@ -168,8 +168,7 @@ class Bench:
             return known[row]["reason"] is None and not (row.in_torch and self.torch != "cuda")
 
         groups = gpu_rows.by_runner(rows, fits)
-        for runner, some in (bar := tqdm(groups.items(), desc=f"{model.name}: times", unit="runner")):
-            bar.set_postfix_str(runner)
+        for some in tqdm(groups.values(), desc=f"{model.name}: times", unit="runner"):
             self.timed(model, some)
         return [self.entry(model, row, known[row], ceilings) for row in rows]
 
@@ -179,7 +178,9 @@ class Bench:
         if known["reason"] is not None:
             return {**head, "reason": known["reason"]}
         file = self.file(model, row, "times")
-        times = json.loads(file.read_text("utf-8")) if file.exists() else {"reason": "it runs on the CPU here"}
+        times: dict[str, Any] = (
+            json.loads(file.read_text("utf-8")) if file.exists() else {"reason": "it runs on the CPU here"}
+        )
         faster = times.get("speedups", {})
         return {
             **head,

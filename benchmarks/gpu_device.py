@@ -58,7 +58,10 @@ class Device:
         if library is None:
             if cuda.gpu() is None:
                 raise DiffpressError(f"{ABSENT}: this benchmark measures nothing else")
-            self._library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
+            if sys.platform == "win32":
+                self._library = ctypes.WinDLL("nvcuda.dll")
+            else:
+                self._library = ctypes.CDLL("libcuda.so.1")
         for name, arguments in _CALLS.items():
             getattr(self._library, name).argtypes = arguments
         self._events: tuple[int, int] | None = None
@@ -130,11 +133,12 @@ class Device:
         memory = self.activate()
         source, target = (memory.empty((size,), BYTE) for _ in range(2))
         repeats = 4
-        # The first one touches the pages.
-        taken = [
-            self.time(lambda: [memory.copy(target.address, source.address, size) for _ in range(repeats)])
-            for _ in range(1 + rounds)
-        ][1:]
+
+        def copies() -> None:
+            for _ in range(repeats):
+                memory.copy(target.address, source.address, size)
+
+        taken = [self.time(copies) for _ in range(1 + rounds)][1:]  # the first one touches the pages
         return 2 * size * repeats / (min(taken) / 1000)
 
     def describe(self) -> dict[str, Any]:

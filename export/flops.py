@@ -104,7 +104,7 @@ def _product(node: ir.Node, weighed: set[str]) -> Product:
     out = _sizes(output, node)
     if node.op_type == "Conv":
         depth = prod(_sizes(right, node)[1:])  # [out, in / groups, kernel ...]
-    elif node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+    elif node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int():
         depth = _sizes(left, node)[0]
     else:
         depth = _sizes(left, node)[-1]
