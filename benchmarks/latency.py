@@ -5,8 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
+
+Clock = Callable[[Callable[[], object]], float]  # calls it once and says how long that took, in ms
+
+
+def wall_clock(call: Callable[[], object]) -> float:
+    """Milliseconds that `call` takes this process."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1000
 
 
 def alternate(
@@ -14,11 +24,13 @@ def alternate(
     rounds: int,
     warmup: int = 1,
     on_call: Callable[[str], object] = lambda _: None,
+    clock: Clock = wall_clock,
 ) -> dict[str, list[float]]:
     """Time every candidate once a round, in ms; the order moves on by one each round, so none is always first.
 
     A candidate is called with the round's number, so that all of them do the same work in the same round. Warm-up
     rounds come first and are not counted. `on_call` hears the candidate's name after each call (a progress bar).
+    `clock` is another than this process's where the work goes on elsewhere, on a GPU.
     """
     if rounds < 1:
         raise ValueError("at least one round is needed")
@@ -33,9 +45,7 @@ def alternate(
             gc.collect()
             gc.disable()  # a collection in the middle of a run would be charged to whoever runs then
             for name in names[shift:] + names[:shift]:
-                start = time.perf_counter()
-                candidates[name](max(turn, 0))
-                elapsed_ms = (time.perf_counter() - start) * 1000
+                elapsed_ms = clock(partial(candidates[name], max(turn, 0)))
                 if turn >= 0:
                     times[name].append(elapsed_ms)
                 on_call(name)

@@ -30,8 +30,11 @@ PACKAGES = (
     "transformers",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
     "openvino",
+    "tensorrt",
     "tensorrt-rtx",
+    "triton",
     "numpy",
     "DeepCache",
 )
