@@ -86,7 +86,7 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     steps: Annotated[int, Field(ge=1, le=1000)] = 50  # of the model's own scheduler; a schedule pass sets others
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None  # None: 2.0 for shapes, 7.5 elsewhere
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None  # None: 2.0 for shapes, else the pipeline's own default
     calibration: CalibrationOptions = CalibrationOptions()
     lora: tuple[Lora, ...] = ()  # fused before anything else: they are part of what is compressed and compared with
     controlnet: bool = False  # ship the denoiser a second time, with inputs for a ControlNet's residuals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from diffpress.plan import Corrections, StepProgram
 
 SHAPES_GUIDANCE = 2.0
-GUIDANCE = 7.5  # diffusers' own default for Stable Diffusion
 SEARCHED_SEED = 500_009  # noise of a search's trajectories, its next draws multiples of it
 SEARCHED_BATCH = 32
 TIMED_ROUNDS = 15
@@ -149,7 +149,8 @@ def begin(
         pipeline.scheduler = make("lcm", pipeline.scheduler.config)
     guidance = recipe.guidance_scale
     if guidance is None:
-        guidance = SHAPES_GUIDANCE if models.is_shapes(model) else GUIDANCE
+        own = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+        guidance = SHAPES_GUIDANCE if models.is_shapes(model) else float(own)
     factor = components.downscale(pipeline.vae)
     size = pipeline.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else size

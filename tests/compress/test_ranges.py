@@ -52,6 +52,17 @@ def test_a_searched_weight_scale_is_the_best_of_its_candidates(
     assert found[2] < 0.99 * weight[2].abs().max() / format.largest  # cutting the tail pays at four bits
 
 
+@pytest.mark.parametrize("name", ["int8", "e4m3", "int4"])
+@pytest.mark.parametrize("tail", [0.0, 1.0])
+def test_a_search_that_ends_early_misses_nothing(name: str, tail: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(32, 500, generator=generator) / torch.rand(32, 500, generator=generator).clamp_min(0.02) ** tail
+    rows[7] = 0
+    found = weight_scale(rows, get(name))
+    monkeypatch.setattr("diffpress.compress.numerics.ranges.BOUND", 0.0)  # so every candidate is tried
+    assert torch.equal(found, weight_scale(rows, get(name)))
+
+
 def test_max_never_clips_and_blocks_are_searched_one_by_one(weight: Tensor) -> None:
     scale = weight_scale(weight, INT8, "max")
     assert torch.allclose(scale[5] * 127, torch.tensor(40.0))
