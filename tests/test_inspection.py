@@ -78,7 +78,7 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
         "frechet              not measured",
         "openvino bf16",
         "engines/sm89/full.engine, int8+fp32, 1.5 MB",
-        "memory        sm89: 9.00 GB of 7.20 GB planned, weights streamed",
+        "memory        sm89: 9.0 GB of 7.2 GB planned, weights streamed",
         "no engine     unet/model.onnx: node 'b' (QuantizeLinear): not so",
         "unet/model.onnx: 1.0e-06 from torch (at most 1e-03)",
         "OK  unet/cached.onnx",
