@@ -271,8 +271,8 @@ def cut(file: Path) -> None:
         (lambda m: (m / "model_index.json").write_text("[]"), "model_index.json cannot be read"),
         (lambda m: edit_index(m, _class_name="FluxPipeline"), "FluxPipeline is not supported yet"),
         (
-            lambda m: edit_index(m, _class_name="StableDiffusionXLPipeline"),
-            "StableDiffusionXLPipeline is not supported",
+            lambda m: edit_index(m, _class_name="StableDiffusion3Pipeline"),
+            "StableDiffusion3Pipeline is not supported",
         ),
         (lambda m: shutil.rmtree(m / "unet"), "could not be loaded"),
         (lambda m: shutil.rmtree(m / "tokenizer"), "tokenizer"),  # transformers makes an empty one up

@@ -55,7 +55,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, fake_candidate: Callable[..., Any]) -
 
     monkeypatch.setattr(backends, "available", lambda: [("openvino", "bf16")])
     monkeypatch.setattr(Pipeline, "load", load)
-    monkeypatch.setattr(Reference, "load", lambda model, sampling, scheduler: fake_candidate(steps=sampling.steps))
+    monkeypatch.setattr(Reference, "load", lambda model, sampling, *_: fake_candidate(steps=sampling.steps))
     trials = [plain.Trial(4, 9.0, 0.9), plain.Trial(5, 11.0, 1.1)]
     monkeypatch.setattr(plain, "compare", lambda timings, pipelines, open_timed, *_: open_timed(4) and trials)
     monkeypatch.setattr(module.memory, "peak_rss", lambda task: 1000 + ("against" in task))

@@ -124,8 +124,8 @@ def test_more_calls_than_steps_and_foreign_conditions_are_refused(pipeline: Any)
     ):
         image(pipeline, PROMPTS[0], steps=6)
     stand_in = CachedDenoiser(pipeline.unet, PROGRAM)
-    with pytest.raises(DiffpressError, match="does not take added_cond_kwargs"):
-        stand_in(torch.zeros(1, 4, 8, 8), 1.0, torch.zeros(1, 4, 32), added_cond_kwargs={"x": 1}, timestep_cond=None)
+    with pytest.raises(DiffpressError, match="does not take class_labels"):
+        stand_in(torch.zeros(1, 4, 8, 8), 1.0, torch.zeros(1, 4, 32), class_labels=1, timestep_cond=None)
 
 
 def test_programs_that_a_unet_cannot_run_are_refused(pipeline: Any) -> None:
