@@ -7,8 +7,7 @@ own, which draws its images (compared with diffusers' in FP32) and measures its 
 are then timed image by image, in turns with diffusers FP16 eager. What cannot run is a row with its reason.
 
 Goes on where it was stopped: what lies in the work folder is not made again, nor measured again with the same driver
-and libraries. `--prepare` makes the bundles
-on a machine without a GPU, whose work folder can then be copied to one.
+and libraries. `--prepare` makes the bundles on a machine without a GPU, whose work folder can then be copied to one.
 """
 
 from __future__ import annotations
