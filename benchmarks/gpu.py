@@ -6,13 +6,14 @@ installed, run `shapes` and a pipeline of Stable Diffusion 1.5's size with rando
 own, which draws its images (compared with diffusers' in FP32) and measures its calls, memory and energy; those that run
 are then timed image by image, in turns with diffusers FP16 eager. What cannot run is a row with its reason.
 
-Goes on where it was stopped: what lies in the work folder is not made or measured again. `--prepare` makes the bundles
-on a machine without a GPU, whose work folder can then be copied to one.
+Goes on where it was stopped: what lies in the work folder is not made again, nor measured again with the same driver
+and libraries. `--prepare` makes the bundles on a machine without a GPU, whose work folder can then be copied to one.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -302,8 +303,11 @@ def main(arguments: Sequence[str] | None = None, launch: Launch = launched) -> N
         gpu = cuda.gpu()
         if gpu is None:
             raise DiffpressError(f"{ABSENT}: this benchmark measures nothing else")
-        state = work / file_name(gpu.name) / ("quick" if options.quick else f"{options.images}-images")
-        run(bench(gpu.target, state), models, Device().describe(), options.json, gpu.memory_bytes)
+        described = Device().describe()
+        # What was measured with another driver or library, or otherwise, is not mixed in.
+        key = json.dumps([described, machine.versions(), options.compile_mode, options.images], sort_keys=True)
+        place = hashlib.sha256(key.encode()).hexdigest()[:12] + ("-quick" if options.quick else "")
+        run(bench(gpu.target, work / file_name(gpu.name) / place), models, described, options.json, gpu.memory_bytes)
     except DiffpressError as error:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
 

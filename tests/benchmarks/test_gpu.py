@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,8 @@ class Script:
         reason = self.fail(job)
         if reason:
             raise Failed(reason)
+        if job["do"] == "ceilings":
+            return CEILINGS
         names = [Row(*pair).name for pair in job.get("rows", ())]
         if job["do"] == "probe":
             random = np.random.default_rng(zlib.crc32(names[0].encode()))
@@ -152,6 +155,46 @@ def test_a_row_that_fails_is_a_row_with_its_reason_and_the_rest_goes_on(tmp_path
     again = {row["name"]: row for row in replace(made, retry=True).measured(TINY, CEILINGS)}
     assert again[bad.name]["reason"] is None and again[bad.name]["speedup_vs_eager"] == 2.0
     assert [job["do"] for job in script.jobs if job["do"] != "make"] == ["probe", "times"]
+
+
+def test_the_document_is_written_and_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = {"name": "Fake RTX 4090", "target": "sm89", "driver": "580.1"}
+    monkeypatch.setattr(cuda, "gpu", lambda: cuda.Gpu("Fake RTX 4090", "sm89", 24 << 30, False))
+    monkeypatch.setattr(gpu, "Device", lambda: SimpleNamespace(describe=lambda: described))
+    monkeypatch.setattr(gpu_rows, "torch_place", lambda: "cuda")
+    script, file = Script(), tmp_path / "out.json"
+    arguments = ["--json", str(file), "--work", str(tmp_path), "--quick", "--only", "diffusers:"]
+    gpu.main(arguments, script)
+    document = json.loads(file.read_text())
+    assert document["device"] == described and document["ceilings"] == CEILINGS and document["quick"]
+    assert [row["name"] for row in document["rows"]] == [WHOLE.name, BASELINE.name]
+    assert list(document["models"]) == ["shapes"] and document["versions"]["torch"]
+    assert document["rows"][1]["calls"]["full"]["of_roofline"] == pytest.approx(0.4)
+    script.jobs.clear()
+    gpu.main(arguments, script)
+    assert [job["do"] for job in script.jobs] == ["ceilings", "make"]
+    assert json.loads(file.read_text())["rows"] == document["rows"]
+    script.jobs.clear()
+    described["driver"] = "590.1"
+    gpu.main(arguments, script)
+    assert [job["do"] for job in script.jobs] == ["ceilings", "make", "probe", "probe", "times"]
+    script.fail = lambda job: "no torch" if job["do"] == "ceilings" else None
+    gpu.main(arguments, script)
+    document = json.loads(file.read_text())
+    assert document["ceilings"]["reasons"] == {"all": "no torch"}
+    assert document["rows"][1]["calls"]["full"]["of_roofline"] is None
+    with pytest.raises(SystemExit):
+        gpu.main(["--quick"], script)  # without a place for the result
+
+
+def test_bundles_can_be_made_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "gpu", lambda: None)
+    script = Script()
+    gpu.main(["--prepare", "--work", str(tmp_path), "--model", "sd15"], script)
+    assert [(job["model"], job["recipe"]) for job in script.jobs] == [("sd15", recipe) for recipe in RECIPES]
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--prepare", "--work", str(tmp_path)], Script(lambda job: "no space"))
+    assert ended.value.code == 2
 
 
 def test_a_bundle_that_cannot_be_made_is_the_reason_of_its_rows(tmp_path: Path) -> None:
