@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +371,9 @@ def test_ctrl_c_in_the_middle_of_a_real_run_leaves_nothing(tiny_pipeline: Path, 
     command = [sys.executable, "-m", "diffpress.cli", "compress", str(tiny_pipeline)]
     command += ["--recipe", "fp32", "--output", str(tmp_path / "b")]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    # What a shell starts in the background ignores SIGINT, and so would all that it starts.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeds)
     try:
         deadline = time.monotonic() + 120
         while not any(tmp_path.iterdir()):  # the partial bundle has appeared: export is under way
