@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffpress.api import GUIDANCE, SHAPES_GUIDANCE
+from diffpress.api import SHAPES_GUIDANCE
 from diffpress.errors import DiffpressError
 from diffpress.runtime import backends, tensor_rt
 
@@ -32,7 +32,7 @@ class Model:
 # Of `sd15` the architecture is Stable Diffusion 1.5's and the weights are random: its times are real, its images not.
 MODELS = {
     "shapes": Model("shapes", 50, SHAPES_GUIDANCE, 32, {"prompts": 16, "steps": 10}, 40),
-    "sd15": Model("sd15", 20, GUIDANCE, 512, {"prompts": 4, "steps": 5}, 20),
+    "sd15": Model("sd15", 20, 7.5, 512, {"prompts": 4, "steps": 5}, 20),
 }
 
 _CACHE: Mapping[str, Any] = {"cache": {"interval": 3, "branch": 0}}
