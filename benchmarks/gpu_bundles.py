@@ -17,9 +17,9 @@ from diffpress import bundle as bundles
 from diffpress.benchmarks.gpu_rows import Model, Row, document
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL, StepProgram
-from diffpress.runtime import backends, builder
-from diffpress.runtime.engines import Machine
+from diffpress.export import engines
+from diffpress.runtime import backends
+from diffpress.runtime.matching import Machine
 
 
 def source(model: Model, work: Path) -> str:
@@ -92,7 +92,7 @@ def opened(work: Path, model: str, row: Row) -> Bundle:
         shutil.copytree(bundle.path, partial, copy_function=_link)  # only its manifest will be written anew
         (partial / bundles.MANIFEST).unlink()
         shutil.copyfile(bundle.path / bundles.MANIFEST, partial / bundles.MANIFEST)
-        builder.build(bundles.read(partial), orders(bundle), machine, row.runner)
+        engines.build(bundles.read(partial), [machine.gpu.target], package=row.runner)
         partial.rename(folder)
     return bundles.read(folder)
 
@@ -102,20 +102,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
-
-
-def orders(bundle: Bundle) -> list[dict[str, Any]]:
-    """The engines of one image: both halves of guidance, or the one, at each call of the denoiser."""
-    program = StepProgram.from_json(bundle.manifest["program"])
-    found: list[dict[str, Any]] = []
-    for name in dict.fromkeys(program.steps):
-        halves = [count * (2 if program.guided(first) == FULL else 1)
-                  for first, count in program.runs() if program.steps[first] == name]  # fmt: skip
-        batch = [1, max(set(halves), key=halves.count), max(halves)]
-        graph = str(bundle.manifest["graphs"][name])
-        found.append({"component": "unet", "variant": name, "graph": graph, "batch": batch})
-    for name, batch in {"text_encoder": [1, 2, 2], "text_encoder_2": [1, 2, 2], "vae_decoder": [1, 1, 1]}.items():
-        graph = f"{name}/model.onnx"
-        if graph in bundle.manifest["files"]:
-            found.append({"component": name, "variant": None, "graph": graph, "batch": batch})
-    return found

@@ -23,6 +23,7 @@ from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import make_missing, on_fastest_device
 from diffpress.calibration.sets import CalibrationSet
 from diffpress.errors import DiffpressError
+from diffpress.paths import cache_root
 from diffpress.plan import FULL, Sampling
 
 
@@ -98,12 +99,6 @@ class Recordings:
     def rows(self) -> set[int]:
         """The rows of the schedule that some prompt has a call of."""
         return {row for calls in self.calls for row in calls}
-
-
-def cache_root() -> Path:
-    """Where recordings are kept between runs: DIFFPRESS_CACHE, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffpress"
-    return Path(os.environ.get("DIFFPRESS_CACHE", default))
 
 
 @torch.no_grad()

@@ -9,14 +9,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 from diffpress.bundle import CONTROLNET, Bundle, text_encoders
+from diffpress.engines import memory
+from diffpress.engines.builder import Batch
+from diffpress.engines.prepared import Graph, Prepared
 from diffpress.errors import DiffpressError
-from diffpress.export import lint, liveness, memory
-from diffpress.export.builder import Batch
-from diffpress.export.prepared import Graph, Prepared
+from diffpress.export import lint, liveness
 from diffpress.export.sparsity import sparse_layers
 from diffpress.plan import EARLIER, FULL, StepProgram
 
-DECODER = "vae_decoder"
+DECODER, ENCODER = "vae_decoder", "vae_encoder"
 NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 NAMES |= {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT4: "int4"}
 NAMES |= {ir.DataType.FLOAT4E2M1: "fp4"}
@@ -27,6 +28,8 @@ def graphs(bundle: Bundle, images: Sequence[int] = (1,)) -> list[Graph]:
     # The one for ControlNets runs under diffusers alone.
     files = [(name, str(file), True) for name, file in bundle.manifest["graphs"].items() if name != CONTROLNET]
     files += [(name, f"{name}/model.onnx", False) for name in (*text_encoders(bundle.manifest), DECODER)]
+    if f"{ENCODER}/model.onnx" in bundle.manifest["files"]:  # which image-to-image needs
+        files.append((ENCODER, f"{ENCODER}/model.onnx", False))
     program = program_of(bundle)
     found = []
     for name, file, denoiser in files:
@@ -107,11 +110,11 @@ def batches(one: Batch, images: Sequence[int]) -> tuple[Batch, ...]:
 
 
 def others(name: str, images: Sequence[int]) -> tuple[Batch, ...]:
-    """Rows of the components: a text for each image and the negative one; images are decoded one at a time, which
-    costs no time and needs the memory of one.
+    """Rows of the components: a text for each image and the negative one; images are encoded and decoded one at a
+    time, which costs no time and needs the memory of one.
     """
     check_images(images)
-    if name == DECODER:
+    if name in (DECODER, ENCODER):
         return ((1, 1, 1),)
     found: list[Batch] = []
     for count in images:

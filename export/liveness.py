@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from diffpress.export.memory import Need
+from diffpress.engines.memory import Need
 
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # name the same bytes anew
 

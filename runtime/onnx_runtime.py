@@ -15,7 +15,7 @@ import numpy as np
 
 from diffpress.bundle import DIALECT
 from diffpress.errors import DiffpressError, require
-from diffpress.runtime.paths import cache_root
+from diffpress.paths import cache_root
 from diffpress.runtime.session import DeviceArray, Feeds, Port, check_targets, first_line
 
 # By the name of the backend; each falls back on the next for nodes that it does not take.
@@ -42,7 +42,7 @@ def has_provider(backend: str) -> bool:
 
 def provider_options(backend: str, precision: str, file: Path) -> list[tuple[str, dict[str, str]]]:
     """The providers of `backend` in order, with the options that this file needs; all values are texts."""
-    kept = cache_root() / "onnxruntime"
+    kept = cache_root() / "runtime" / "onnxruntime"
     options = {
         CPU: {},
         # Unset, float products would be in tf32 wherever the GPU has it.

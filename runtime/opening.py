@@ -9,8 +9,8 @@ from typing import Any
 
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.runtime import backends, engines, external
-from diffpress.runtime.engines import Engine, Machine, Mismatch
+from diffpress.runtime import backends, external, matching
+from diffpress.runtime.matching import Engine, Machine, Mismatch
 from diffpress.runtime.session import Session
 
 
@@ -42,11 +42,11 @@ class Opening:
     def open(self, file: Path, precision: str | None = None) -> Session:
         """Open what `file` returned; `precision` instead of the chosen one, which engines do not ask for.
 
-        A graph beside engines, such as the VAE's encoder, which few runs need, runs on a library that takes graphs.
+        A graph beside engines, an optional one, runs on a library that takes graphs.
         """
         for engine in self.engines.values():
             if self.bundle.file(engine.path) == file:
-                return engines.open_engine(self.bundle, engine)
+                return matching.open_engine(self.bundle, engine)
         if self.engines:
             return backends.open_session(file, *_fallback("fp32"), self.threads)
         return backends.open_session(file, self.backend, precision or self.precision, self.threads)
@@ -64,8 +64,10 @@ def choose_opening(
     threads: int | None = None,
     fallback: bool = False,
     machine: Callable[[], Machine | None] = Machine.here,
+    optional: Collection[str] = (),
 ) -> Opening:
-    """Choose what runs the graphs `names` (variants and components) of a bundle here.
+    """Choose what runs the graphs `names` (variants and components) of a bundle here, and those of `optional` that
+    engines need not have.
 
     "auto" takes engines that fit this GPU first, then CUDA, then what the bundle's bench found fastest among what runs
     here. Engines that are there, with their library, for a GPU that is there, and do not fit, are an error, and so are
@@ -81,7 +83,7 @@ def choose_opening(
                     raise DiffpressError(
                         f"{backend} runs engines in the precision that they were built with: leave out --precision"
                     )
-                chosen = engines.fitting(bundle, names, found, library)
+                chosen = matching.fitting(bundle, names, found, library, optional)
                 first = next(iter(chosen.values()))
                 return Opening(bundle, first.library, first.precision, threads, chosen)
         except Mismatch as error:
@@ -94,7 +96,7 @@ def choose_opening(
 
 def _could_run(bundle: Bundle, machine: Machine) -> bool:
     """Whether the bundle has engines of a library that is installed: then they are meant to be used."""
-    return any(engine.library in machine.versions for engine in engines.listed(bundle))
+    return any(engine.library in machine.versions for engine in matching.listed(bundle))
 
 
 def _fallback(precision: str) -> tuple[str, str]:

@@ -14,17 +14,18 @@ import os
 import re
 import tarfile
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from diffpress.bundle import FORMAT, MANIFEST, Bundle, load
+from diffpress.engines.prepared import Prepared
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL, StepProgram
-from diffpress.runtime import engines, external
+from diffpress.plan import StepProgram
+from diffpress.runtime import external, matching
 
 CPU = "cpu"
 # What TensorRT for RTX builds without a GPU. For every other target, Jetson Orin (sm87) and data-centre GPUs, only the
@@ -41,12 +42,14 @@ def pack(
     image_to_image: bool = False,
     graphs: bool = False,
     progress: bool = True,
+    prepare: Callable[[Bundle], Prepared] | None = None,
 ) -> Path:
     """Write the package `output` for `targets` ("cpu", "sm89", ...), and return it.
 
     A target gets its engines; "cpu" gets graphs, and so does a target that no builder here compiles for: it builds its
     engines on its first start. `graphs` adds them for every target, which `--fallback` needs there; one without engines
-    then builds its own. `image_to_image` adds the VAE's encoder. The file appears whole or not at all.
+    then builds its own, from what `prepare` (`export.buildable.prepare`) finds of its graphs. `image_to_image` adds the
+    VAE's encoder. The file appears whole or not at all.
 
     Raises `DiffpressError` for an unknown target, for missing engines and for a file that is there already.
     """
@@ -64,7 +67,11 @@ def pack(
         chosen |= {entry["path"], entry["path"].removesuffix(".engine") + ".json"}
     package: dict[str, Any] = {"targets": sorted(set(targets))}
     if building:
-        package["build"] = {"targets": building, "engines": found.orders()}
+        if prepare is None:
+            raise DiffpressError(f"{building[0]} builds its own engines, and what it builds them from is not prepared")
+        prepared = prepare(bundle)
+        needed = tuple(graph for graph in prepared.graphs if graph.name in found.names)
+        package["build"] = {"targets": building, "prepared": replace(prepared, graphs=needed).to_json()}
     manifest = _manifest(bundle, sorted(chosen), entries, package)
     _write(bundle, manifest, output, progress)
     return output
@@ -128,17 +135,6 @@ class _Found:
             files += [str(table[name]) for table in spoken for name in self.variants if name in table]
         return {part for file in files for part in external.parts(self.bundle, file)}
 
-    def orders(self) -> list[dict[str, Any]]:
-        """What a target has to build, as `builder` takes it."""
-        denoiser = [
-            {"component": "unet", "variant": name, "graph": file, "batch": list(_batch(self.program, name))}
-            for name, file in self.variants.items()
-        ]
-        return denoiser + [
-            {"component": name, "variant": None, "graph": file, "batch": [1, 1, 1]}
-            for name, file in self.components.items()
-        ]
-
 
 def _checked(targets: Iterable[str]) -> list[str]:
     found = list(dict.fromkeys(targets))
@@ -154,7 +150,7 @@ def _checked(targets: Iterable[str]) -> list[str]:
 def _engines(found: _Found, targets: Sequence[str], graphs: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """The manifest's entries of the engines that go with the package, and the targets that build their own."""
     bundle, entries, building = found.bundle, [], []
-    listed = {engine.path: engine for engine in engines.listed(bundle)}
+    listed = {engine.path: engine for engine in matching.listed(bundle)}
     for target in targets:
         ours = [entry for entry in bundle.manifest.get("engines", ()) if entry["target"] == target]
         ours = [entry for entry in ours if listed[entry["path"]].name in found.names]
@@ -177,16 +173,6 @@ def _engines(found: _Found, targets: Sequence[str], graphs: bool) -> tuple[list[
                 )
         entries += ours
     return entries, building
-
-
-def _batch(program: StepProgram, variant: str) -> tuple[int, int, int]:
-    """The fewest, the most frequent and the most rows of a variant's calls for one image."""
-    sizes = Counter(
-        count * (2 if program.guided(first) == FULL else 1)
-        for first, count in program.runs()
-        if program.steps[first] == variant
-    )
-    return 1, sizes.most_common(1)[0][0], max(sizes)
 
 
 def _manifest(

@@ -18,12 +18,14 @@ from typing import Any
 
 from diffpress import bundle as bundles
 from diffpress.bundle import MANIFEST, Bundle
+from diffpress.engines.build import build
+from diffpress.engines.prepared import Prepared
 from diffpress.errors import DiffpressError
-from diffpress.runtime import backends, builder, engines
-from diffpress.runtime.engines import Machine, Mismatch
+from diffpress.paths import cache_root
+from diffpress.runtime import backends, matching, tensor_rt
 from diffpress.runtime.lock import locked
+from diffpress.runtime.matching import Machine, Mismatch
 from diffpress.runtime.pack import identity
-from diffpress.runtime.paths import cache_root
 
 LARGEST_MANIFEST = 64 << 20  # bytes; it is read into memory before anything is known about it
 CHUNK = 1 << 20
@@ -59,7 +61,7 @@ def _unpacked(file: Path, progress: bool) -> Path:
         manifest, _ = _manifest(file, archive)
     folder = file.with_suffix(".unpacked")
     if not os.access(file.absolute().parent, os.W_OK):
-        folder = cache_root() / "packages" / manifest["package"]["id"][:32]
+        folder = cache_root() / "runtime" / "packages" / manifest["package"]["id"][:32]
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(_lock_of(folder), f"it unpacks {file}", progress):
         _clean(folder)
@@ -76,20 +78,28 @@ def _unpacked(file: Path, progress: bool) -> Path:
 
 def _built(bundle: Bundle, backend: str, progress: bool, fallback: bool) -> Bundle:
     """The bundle with engines that this machine's GPU runs, where it is a package that builds them on its target."""
-    orders = bundle.manifest.get("package", {}).get("build")
-    if not orders or backend not in ("auto", *backends.ENGINES):
+    order = bundle.manifest.get("package", {}).get("build")
+    if not order or backend not in ("auto", *backends.ENGINES):
         return bundle
     machine = Machine.here()
-    if machine is None or machine.gpu.target not in orders["targets"]:
+    if machine is None or machine.gpu.target not in order["targets"]:
         return bundle  # what is chosen to run it says why, or does without engines
-    if fallback and not builder.installed(machine, backend):
+    library = _library(machine, backend)
+    if library is None and fallback:
         return bundle
-    names = [order["variant"] or order["component"] for order in orders["engines"]]
-    library = builder.library(machine, backend)
+    if library is None:
+        wanted = _wanted(backend)
+        raise DiffpressError(
+            f"this package builds its engines on its first start, and {' or '.join(wanted)} is not installed: "
+            f"pip install 'diffpress[{tensor_rt.EXTRAS[wanted[0]]}]' (on a Jetson it comes with JetPack), or --backend "
+            "onnxruntime-cuda"
+        )
+    prepared = Prepared.from_json(order["prepared"])
+    names = [graph.name for graph in prepared.graphs]
 
     def fits(candidate: Bundle) -> bool:
         try:
-            return bool(engines.fitting(candidate, names, machine, library))
+            return bool(matching.fitting(candidate, names, machine, library))
         except Mismatch:
             return False
 
@@ -99,8 +109,18 @@ def _built(bundle: Bundle, backend: str, progress: bool, fallback: bool) -> Bund
         bundle = bundles.load(bundle.path)  # another process may have built them
         if not fits(bundle):
             _clean(bundle.path)
-            bundle = builder.build(bundle, orders["engines"], machine, library, progress)
+            memory_gb = machine.gpu.memory_bytes / 1e9
+            bundle = build(bundle, prepared, [machine.gpu.target], progress, package=library, memory_gb=memory_gb)
     return bundle
+
+
+def _library(machine: Machine, backend: str) -> str | None:
+    """The installed library that builds and runs engines here, the full TensorRT rather than the one for RTX."""
+    return next((name for name in _wanted(backend) if name in machine.versions), None)
+
+
+def _wanted(backend: str) -> list[str]:
+    return [backend] if backend in backends.ENGINES else ["tensorrt", "tensorrt-rtx"]
 
 
 def _lock_of(folder: Path) -> Path:

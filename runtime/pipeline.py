@@ -80,7 +80,7 @@ class Pipeline:
             known = bundle.manifest["graphs"]
             graphs = {name: str(known[name]) for name in dict.fromkeys(program.steps) if name in known}
             names = (*dict.fromkeys(program.steps), *bundles.text_encoders(bundle.manifest), VAE_DECODER)
-            opening = choose_opening(bundle, names, backend, precision, threads, fallback)
+            opening = choose_opening(bundle, names, backend, precision, threads, fallback, optional=(VAE_ENCODER,))
             texts = Texts.load(
                 bundle.manifest,
                 lambda name: Tokenizer.load(bundle.file(name), bundle.manifest["text"]["tokens"]),

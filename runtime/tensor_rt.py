@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from diffpress.errors import DiffpressError
+from diffpress.paths import write
 from diffpress.runtime.cuda import ALIGNMENT, Device, Graph
-from diffpress.runtime.paths import write
 from diffpress.runtime.session import DeviceArray, Feeds, Port, check_targets
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the module it imports

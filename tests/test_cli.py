@@ -60,7 +60,7 @@ def test_every_command_has_its_function() -> None:
 def test_the_readme_line_of_compress_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(api, "compress", lambda *args, **fields: seen.update(fields, args=args))
-    monkeypatch.setattr("diffpress.export.engines.check_targets", lambda targets: None)
+    monkeypatch.setattr("diffpress.engines.preflight.check_targets", lambda targets: None)
     (tmp_path / "p.txt").write_text("a red circle\n")
     output, targets = tmp_path / "out", ["--target", "sm89", "--target", "sm120"]
     words = ["compress", "shapes", "--recipe", "balanced", "--output", str(output), "--quiet", *targets]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "calibration", "compress", "export", "runtime")
+FOLDERS = ("benchmarks", "calibration", "compress", "engines", "export", "runtime")
 HEAVY = {"torch", "diffusers", "transformers"}
 
 # What each part may import of diffpress, besides itself and diffpress/__init__. ANY: it stands on top of everything.
 ANY = {"diffpress"}
-DATA = {"diffpress.plan", "diffpress.bundle", "diffpress.errors", "diffpress.evodiff"}
+DATA = {"diffpress.plan", "diffpress.bundle", "diffpress.errors", "diffpress.evodiff", "diffpress.paths"}
 ALLOWED: dict[str, set[str]] = {
     "diffpress": {"diffpress.dropin", "diffpress.errors"},  # within a function, not when it is imported
     "diffpress.plan": DATA,
@@ -26,13 +26,16 @@ ALLOWED: dict[str, set[str]] = {
     "diffpress.segments": DATA,
     "diffpress.inspection": DATA | {"diffpress.segments"},
     "diffpress.arguments": DATA,
-    "diffpress.runtime": DATA,
+    "diffpress.paths": set(),
+    "diffpress.engines": DATA,
+    "diffpress.runtime": DATA | {"diffpress.engines"},
     "diffpress.calibration": DATA,
     "diffpress.compress": DATA | {"diffpress.calibration"},
-    "diffpress.export": DATA | {"diffpress.compress.numerics", "diffpress.compress.families"},
+    "diffpress.export": DATA | {"diffpress.engines", "diffpress.compress.numerics", "diffpress.compress.families"},
     "diffpress.benchmarks": ANY,
-    "diffpress.standins": DATA | {"diffpress.runtime"},
-    "diffpress.dropin": DATA | {"diffpress.runtime", "diffpress.calibration", "diffpress.standins"},
+    "diffpress.clock": DATA,
+    "diffpress.standins": DATA | {"diffpress.runtime", "diffpress.clock"},
+    "diffpress.dropin": DATA | {"diffpress.runtime", "diffpress.calibration", "diffpress.clock", "diffpress.standins"},
     "diffpress.api": ANY,
     "diffpress.cli": ANY,
     "diffpress.__main__": ANY,
@@ -47,6 +50,9 @@ EXTERNAL: dict[str, set[str]] = {
     "diffpress.evodiff": set(),  # numpy's arrays and torch's tensors alike, without either
     "diffpress.segments": set(),
     "diffpress.inspection": set(),
+    "diffpress.paths": set(),
+    # A target builds with these alone.
+    "diffpress.engines": {"tqdm", "tensorrt", "tensorrt_rtx"},
     "diffpress.arguments": set(),
     # The base dependencies, the inference libraries and CUDA's own bindings.
     "diffpress.runtime": {"numpy", "PIL", "tqdm", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"},

@@ -71,9 +71,9 @@ def compress(
     bundles.refuse_existing(Path(output))
     given = None if prompts is None else prompt_lists.read(prompts)
     if targets:
-        from diffpress.export import engines
+        from diffpress.engines.preflight import check_targets
 
-        engines.check_targets(targets, _types(chosen), f"recipe {chosen.name}")
+        check_targets(targets, _types(chosen), f"recipe {chosen.name}")
     work = begin(model, chosen, prompts=given, steps=steps, seed=seed, quiet=quiet)
     parameters = sum(parameter.numel() for parameter in work.denoiser.parameters())
     own, scratch = ship.schedule(work.sampling, work.pipeline.scheduler), work.scratch  # a pass may set another one
@@ -85,7 +85,7 @@ def compress(
     with bundles.create(output) as folder:
         results = run(chosen.built(), work)
         if targets:  # what passes chose by themselves is known now, before the export
-            engines.check_targets(targets, _planned_types(work), f"what recipe {chosen.name} chose")
+            check_targets(targets, _planned_types(work), f"what recipe {chosen.name} chose")
         entries = {
             "model": {
                 "source": model if models.is_shapes(model) else str(Path(model).name),
@@ -107,6 +107,8 @@ def compress(
         bundles.write_manifest(folder, manifest)
         made = bundles.read(folder)
         if targets:
+            from diffpress.export import engines
+
             engines.build(made, targets, progress=not quiet)
     processes.wait()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -129,7 +131,7 @@ def begin(
     Raises `DiffpressError` for a model that is missing, broken or not supported.
     """
     from diffpress.calibration import model as models
-    from diffpress.calibration.capture import Execution, Recordings, cache_root, record
+    from diffpress.calibration.capture import Execution, Recordings, record
     from diffpress.calibration.lora import digest
     from diffpress.calibration.schedule import tabulate, with_starts
     from diffpress.calibration.sets import CalibrationSet
@@ -138,6 +140,7 @@ def begin(
     from diffpress.compress.schedule.solver import make
     from diffpress.compress.work import Work
     from diffpress.export import components
+    from diffpress.paths import cache_root
 
     if steps is not None and steps < 1:
         raise DiffpressError(f"steps must be at least 1, not {steps}")

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from diffpress import arguments, bundle, errors
 
 if TYPE_CHECKING:
-    from diffpress.export.memory import MemoryPlan
+    from diffpress.engines.memory import MemoryPlan
+    from diffpress.engines.prepared import Prepared
 
 # Whose absence is not a bug but an extra that was not installed: imported name -> extra.
 EXTRAS = {
@@ -137,9 +138,9 @@ def _compress(options: argparse.Namespace) -> None:
 
         prompts.read(options.prompts)
     if options.target:
-        from diffpress.export import engines
+        from diffpress.engines.preflight import check_targets
 
-        engines.check_targets(options.target)
+        check_targets(options.target)
     from diffpress import api
 
     _hide_bars(options)
@@ -242,7 +243,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    from diffpress.export.targets import generation
+    from diffpress.engines.targets import generation
     from diffpress.runtime import pack
 
     pack.check_output(options.output)
@@ -250,11 +251,18 @@ def _pack(options: argparse.Namespace) -> None:
     opened = bundle.read(options.bundle)
     targets = [name if name == pack.CPU else generation(name) for name in options.target]
     chosen = {"image_to_image": options.image_to_image, "graphs": options.graphs, "progress": not options.quiet}
-    made = pack.pack(opened, targets, options.output, **chosen)
+    made = pack.pack(opened, targets, options.output, **chosen, prepare=_prepare)
     if not options.quiet:
         place = shlex.quote(str(made))
         print(f"{made}: {made.stat().st_size / 1e6:.1f} MB for {', '.join(targets)}\nnext, on the target:")
         print(f'  diffpress run {place} "a prompt of yours" -o out.png')
+
+
+def _prepare(opened: bundle.Bundle) -> Prepared:
+    errors.require("onnx_ir", "compress", "pack graphs that the target builds engines from")
+    from diffpress.export import buildable
+
+    return buildable.prepare(opened)
 
 
 def _unpack(options: argparse.Namespace) -> None:

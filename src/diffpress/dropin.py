@@ -12,29 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.bundle import CONTROLNET, Bundle
+from diffpress.clock import Clock, watch
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, Plan, Sampling
 from diffpress.runtime import backends
 from diffpress.runtime.backends import Session
 from diffpress.runtime.pipeline import Pipeline
-from diffpress.standins import Clock, TextEncoder, Unet, Vae, watch
+from diffpress.runtime.text import ALONE
+from diffpress.standins import PenultimateTextEncoder, TextEncoder, Unet, Vae
 
 
 def load_pipeline(source: str | Path | Bundle, backend: str = "auto", precision: str = "auto") -> Any:
     """A `StableDiffusionPipeline` whose denoiser, VAE and text encoder run on a backend, as `Pipeline.load` opens it.
 
-    Its parts go on in `StableDiffusionImg2ImgPipeline.from_pipe` and its like. Raises `DiffpressError` where there is
-    no bundle, or it does not run here. The pipeline raises it for a resolution that the graphs do not have and, where
-    the plan is of one schedule, for another scheduler or step count than that.
+    Of SDXL it is a `StableDiffusionXLPipeline`. Its parts go on in `StableDiffusionImg2ImgPipeline.from_pipe` and its
+    like. Raises `DiffpressError` where there is no bundle, or it does not run here. The pipeline raises it for a
+    resolution that the graphs do not have and, where the plan is of one schedule, for another scheduler or step count.
     """
     import diffusers
     from diffusers.configuration_utils import FrozenDict
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     opened = Pipeline.load(source, backend, precision)
-    bundle, encoders = opened.bundle, opened.texts.encoders
-    if len(encoders) > 1 or opened.texts.added:
-        raise DiffpressError(f"{bundle.path} is of a model with added conditions (SDXL): draw with diffpress run")
+    bundle = opened.bundle
 
     def open_graph(name: str) -> Session:
         if name not in bundle.manifest["files"]:
@@ -49,20 +49,27 @@ def load_pipeline(source: str | Path | Bundle, backend: str = "auto", precision:
     controlled = None
     if CONTROLNET in graphs:
         controlled = functools.cache(lambda: open_graph(graphs[CONTROLNET]))
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=Vae(
-            FrozenDict(_read(bundle, "vae_decoder")),
-            opened.vae_decoder,
-            functools.cache(lambda: open_graph("vae_encoder/model.onnx")),
-        ),
-        text_encoder=TextEncoder(CLIPTextConfig.from_dict(_read(bundle, "text_encoder")), encoders[0].session),
-        tokenizer=CLIPTokenizer.from_pretrained(str(bundle.file("tokenizer")), local_files_only=True),
-        unet=Unet(FrozenDict(_read(bundle, "unet")), opened.denoiser, clock, controlled),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {
+        "vae": Vae(FrozenDict(_read(bundle, "vae_decoder")), opened.vae_decoder, opened.vae_encoder),
+        "unet": Unet(FrozenDict(_read(bundle, "unet")), opened.denoiser, clock, controlled, opened.texts.added),
+        "scheduler": scheduler,
+        "feature_extractor": None,
+    }
+    large = len(opened.texts.encoders) > 1 or opened.texts.added
+    kind = PenultimateTextEncoder if large else TextEncoder
+    for entry, encoder in zip(bundle.manifest["text"].get("encoders", ALONE), opened.texts.encoders, strict=True):
+        config = CLIPTextConfig.from_dict(_read(bundle, entry["name"]))
+        parts[entry["name"]] = kind(config, encoder)
+        parts[entry["tokenizer"]] = CLIPTokenizer.from_pretrained(
+            str(bundle.file(entry["tokenizer"])), local_files_only=True
+        )
+    if large:
+        zeros = opened.texts.zeros
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+        )
+    else:
+        pipeline = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

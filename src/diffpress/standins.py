@@ -7,98 +7,22 @@ of it a call is.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffpress.clock import Clock
 from diffpress.errors import DiffpressError
-from diffpress.plan import FULL, REUSE, Sampling
+from diffpress.plan import FULL, REUSE
+from diffpress.runtime import text as runtime
 from diffpress.runtime.backends import Port, Session
 from diffpress.runtime.program import HIDDEN, OUTPUT, SAMPLE, TIMESTEP, Denoiser
 
-NEAR = 1e-3  # by how much a timestep may differ from the plan's: schedulers round in single precision
+Told = dict[str, np.ndarray]  # the denoiser's conditions by input, [N, ...]
 Run = Callable[[int, np.ndarray], np.ndarray]  # (step of the program, sample [M, C, h, w]) -> output [M, C, h, w]
-
-
-class Clock:
-    """Where in its schedule the denoiser is called, which nobody but the pipeline's scheduler can know.
-
-    Every diffusers pipeline calls `set_timesteps` for an image and `scale_model_input` before each call of the
-    denoiser. A denoiser that is called without them is called under another scheduler.
-    """
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self._scheduler: Any = None  # that was told to begin an image
-        self._last: int | None = None  # the call before in this image
-        self._told = False  # of the next call
-
-    def begin(self, scheduler: Any) -> None:
-        """An image begins; raises `DiffpressError` unless its timesteps are those of the plan."""
-        self._scheduler = None
-        if not _near([float(timestep) for timestep in scheduler.timesteps], self.sampling.timesteps):
-            raise DiffpressError(
-                f"this bundle is planned for {self.sampling.scheduler} at {self.sampling.steps} steps: call it with "
-                f"num_inference_steps={self.sampling.steps}, or compress for the steps that you want"
-            )
-        self._scheduler, self._last, self._told = scheduler, None, False
-
-    def announce(self) -> None:
-        """The denoiser is about to be called."""
-        self._told = True
-
-    def tick(self, timestep: float) -> tuple[int, bool]:
-        """The index of the call at `timestep`, and whether it is the first of its image.
-
-        An image may begin at a later call (image to image). Raises `DiffpressError` for what the plan does not know.
-        """
-        timesteps, planned = self.sampling.timesteps, f"{self.sampling.scheduler} at {self.sampling.steps} steps"
-        if not self._told or self._scheduler is None:
-            raise DiffpressError(
-                f"this bundle is planned for {planned}: keep the pipeline's own scheduler, or compress for another one "
-                "with a 'schedule' pass"
-            )
-        if self._last is not None:
-            index = self._last + 1
-        else:
-            begin = getattr(self._scheduler, "begin_index", None)
-            same = [index for index, entry in enumerate(timesteps) if _near([entry], [timestep])]
-            index = begin if begin is not None else same[0] if same else len(timesteps)
-        if index >= len(timesteps) or not _near([timesteps[index]], [timestep]):
-            raise DiffpressError(
-                f"the denoiser is called at timestep {timestep:g}, where the plan for {planned} does not stand: leave "
-                "the timesteps to the scheduler"
-            )
-        first = self._last is None
-        self._last, self._told = index, False
-        return index, first
-
-
-def watch(scheduler: Any, clock: Clock) -> None:
-    """Make `scheduler` tell `clock` what it is asked, and be as it is in everything else."""
-    kind = type(scheduler)
-
-    @functools.wraps(kind.set_timesteps)  # pipelines look at the signature
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        kind.set_timesteps(self, *args, **kwargs)
-        clock.begin(self)
-
-    @functools.wraps(kind.scale_model_input)
-    def scale_model_input(self: Any, *args: Any, **kwargs: Any) -> Any:
-        clock.announce()
-        return kind.scale_model_input(self, *args, **kwargs)
-
-    methods = {"set_timesteps": set_timesteps, "scale_model_input": scale_model_input, "__module__": kind.__module__}
-    scheduler.__class__ = type(kind.__name__, (kind,), methods)
-
-
-def _near(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    pairs = zip(ours, theirs, strict=False)
-    return len(ours) == len(theirs) and all(math.isclose(a, b, rel_tol=0, abs_tol=NEAR) for a, b in pairs)
 
 
 class _StandIn(nn.Module):
@@ -126,9 +50,9 @@ class _StandIn(nn.Module):
 class TextEncoder(_StandIn):
     """Stands in for `CLIPTextModel`: input_ids [N, T] to the last hidden state [N, T, D]."""
 
-    def __init__(self, config: Any, session: Session) -> None:
+    def __init__(self, config: Any, encoder: runtime.TextEncoder) -> None:
         super().__init__(config)
-        self._session = session
+        self._encoder, self._session = encoder, encoder.session
 
     def load_adapter(self, *_: Any, **__: Any) -> None:
         """As `load_lora_adapter`."""
@@ -141,11 +65,49 @@ class TextEncoder(_StandIn):
         from transformers.modeling_outputs import BaseModelOutput
 
         if attention_mask is not None or output_hidden_states:
-            what = "attention mask" if attention_mask is not None else "clip_skip"
-            raise DiffpressError(f"the text encoder of this bundle takes no {what}: it hands out its last layer alone")
+            self.refuse("attention mask" if attention_mask is not None else "clip_skip")
+        return BaseModelOutput(last_hidden_state=self.encoded(input_ids)[0])
+
+    def encoded(self, input_ids: Tensor) -> list[Tensor]:
+        """The text [N, T, D], then the conditions [N, ...] beside it."""
         ids = _array(input_ids, self._session.inputs["input_ids"], "a tokenized prompt")
-        hidden = self._session.run({"input_ids": ids})["last_hidden_state"]
-        return BaseModelOutput(last_hidden_state=torch.from_numpy(hidden).to(input_ids.device))
+        found = self._session.run({"input_ids": ids})
+        names = (self._encoder.hidden, *self._encoder.added)
+        return [torch.from_numpy(found[name]).to(input_ids.device) for name in names]
+
+    def refuse(self, what: str) -> None:
+        """Raise `DiffpressError`."""
+        raise DiffpressError(f"the text encoder of this bundle takes no {what}: it hands out one layer alone")
+
+
+class PenultimateTextEncoder(TextEncoder):
+    """Stands in for the encoders of SDXL, whose pipeline reads the last layer but one [N, T, D] and, from the encoder
+    that has it, the pooled text [N, E] where other encoders return their last layer.
+    """
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **_: Any) -> Any:
+        """Raises `DiffpressError` for a mask and, when it is read, for another layer (clip_skip)."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        if attention_mask is not None:
+            self.refuse("attention mask")
+        hidden, *pooled = self.encoded(input_ids)
+        return BaseModelOutput(
+            last_hidden_state=pooled[0] if pooled else hidden,  # what comes first
+            hidden_states=_Layers(hidden, self.refuse),  # type: ignore[arg-type]
+        )
+
+
+class _Layers:
+    """The hidden states of an encoder of which one is known."""
+
+    def __init__(self, penultimate: Tensor, refuse: Callable[[str], None]) -> None:
+        self._penultimate, self._refuse = penultimate, refuse
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index != -2:
+            self._refuse("clip_skip")
+        return self._penultimate
 
 
 class Vae(_StandIn):
@@ -176,7 +138,8 @@ class Unet(_StandIn):
     """Stands in for `UNet2DConditionModel` and runs the bundle's step program, a call per step.
 
     Without a clock, which is where the program runs everything at every step, a call knows nothing of others: any
-    schedule will do. `open_controlled` opens the graph that takes a ControlNet's residuals.
+    schedule will do. `open_controlled` opens the graph that takes a ControlNet's residuals. `added` are the conditions
+    that the graphs take beside the text.
     """
 
     def __init__(
@@ -185,10 +148,15 @@ class Unet(_StandIn):
         denoiser: Denoiser,
         clock: Clock | None,
         open_controlled: Callable[[], Session] | None,
+        added: Sequence[str] = (),
     ) -> None:
         super().__init__(config)
-        self._denoiser, self._clock, self._open_controlled = denoiser, clock, open_controlled
-        self._ports = denoiser.sessions[denoiser.program.steps[0]].inputs
+        self._denoiser, self._clock, self._open_controlled, self._added = denoiser, clock, open_controlled, added
+        self._ports = {name: port for session in denoiser.sessions.values() for name, port in session.inputs.items()}
+        if size := getattr(config, "projection_class_embeddings_input_dim", None):
+            # Its pipeline compares this with the conditions that it makes.
+            self.add_embedding = nn.Module()
+            self.add_embedding.linear_1 = nn.Linear(size, 1, device="meta")
         self._image: _Images | None = None
 
     def forward(
@@ -199,47 +167,53 @@ class Unet(_StandIn):
         return_dict: bool = True,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
         **conditions: Any,
     ) -> Any:
         """`sample` [N, C, h, w] at one timestep and its text [N, T, D] to the output [N, C, h, w].
 
         Raises `DiffpressError` for conditions and sizes that the graphs do not take, and as the clock does.
         """
+        added = added_cond_kwargs or {}
         given = [name for name, value in conditions.items() if value is not None and value != {}]
+        given += [name for name in added if name not in self._added]
         if given:
             raise DiffpressError(f"the graphs of this bundle take no {', '.join(given)}")
+        if missing := [name for name in self._added if name not in added]:
+            raise DiffpressError(f"the graphs of this bundle need {', '.join(missing)} among added_cond_kwargs")
         moments = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
         if bool((moments != moments[0]).any()):
             raise DiffpressError("the graphs of this bundle take one timestep for the whole batch")
         at = float(moments[0])
         latents = _array(sample, self._ports[SAMPLE], "a latent")
-        hidden = _array(encoder_hidden_states, self._ports[HIDDEN], "an encoded prompt")
-        index = self._advance(at, latents, hidden)
+        told = {HIDDEN: _array(encoder_hidden_states, self._ports[HIDDEN], "an encoded prompt")}
+        told |= {name: _array(added[name], self._ports[name], f"'{name}'") for name in self._added}
+        index = self._advance(at, latents, told)
         assert self._image is not None
         run: Run = functools.partial(_called, self._image.denoise, at)
         if down_block_additional_residuals is not None or mid_block_additional_residual is not None:
             residuals = [*(down_block_additional_residuals or ()), mid_block_additional_residual]
-            run = self._controlled(residuals, at, hidden)
-        output = torch.from_numpy(self._image(index, latents, hidden, run)).to(sample.device, sample.dtype)
+            run = self._controlled(residuals, at, told)
+        output = torch.from_numpy(self._image(index, latents, told, run)).to(sample.device, sample.dtype)
         if not return_dict:
             return (output,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
         return UNet2DConditionOutput(sample=output)
 
-    def _advance(self, at: float, latents: np.ndarray, hidden: np.ndarray) -> int:
+    def _advance(self, at: float, latents: np.ndarray, told: Told) -> int:
         """The step of the image's program that this call is."""
         if self._clock is None:
-            self._image = _Images(self._denoiser, (at,), latents, hidden)
+            self._image = _Images(self._denoiser, (at,), latents, told)
             return 0
         index, first = self._clock.tick(at)
         if first:
             self._begun = index
             timesteps = self._clock.sampling.timesteps[index:]
-            self._image = _Images(self._denoiser.starting(index), timesteps, latents, hidden)
+            self._image = _Images(self._denoiser.starting(index), timesteps, latents, told)
         return index - self._begun
 
-    def _controlled(self, residuals: Sequence[Tensor | None], at: float, hidden: np.ndarray) -> Run:
+    def _controlled(self, residuals: Sequence[Tensor | None], at: float, told: Told) -> Run:
         """Runs the graph that takes residuals, with these."""
         if self._open_controlled is None:
             raise DiffpressError(
@@ -247,7 +221,7 @@ class Unet(_StandIn):
                 "recipe"
             )
         session = self._open_controlled()
-        names = [name for name in session.inputs if name not in (SAMPLE, TIMESTEP, HIDDEN)]
+        names = [name for name in session.inputs if name not in (SAMPLE, TIMESTEP, *told)]
         if len(names) != len(residuals) or any(residual is None for residual in residuals):
             count = sum(residual is not None for residual in residuals)
             raise DiffpressError(f"this denoiser takes {len(names)} residuals of a ControlNet, not {count}")
@@ -258,7 +232,7 @@ class Unet(_StandIn):
 
         def run(_: int, sample: np.ndarray) -> np.ndarray:
             rows = len(sample)
-            feeds = {SAMPLE: sample, HIDDEN: hidden[-rows:], **{name: value[-rows:] for name, value in arrays.items()}}
+            feeds = {SAMPLE: sample, **{name: value[-rows:] for name, value in (told | arrays).items()}}
             if TIMESTEP in session.inputs:  # a temporal table that knows one step looks at none
                 port = session.inputs[TIMESTEP]
                 feeds[TIMESTEP] = np.full([size or rows for size in port.shape], at, port.dtype)
@@ -270,26 +244,26 @@ class Unet(_StandIn):
 class _Images:
     """What lives as long as a batch of images: kept features, the text, the difference of both halves of guidance."""
 
-    def __init__(self, denoiser: Denoiser, timesteps: Sequence[float], latents: np.ndarray, hidden: np.ndarray) -> None:
-        self._program, self._hidden = denoiser.program, hidden.copy()
-        self.denoise = denoiser.start(self._hidden, timesteps)
+    def __init__(self, denoiser: Denoiser, timesteps: Sequence[float], latents: np.ndarray, told: Told) -> None:
+        self._program, self._told = denoiser.program, {name: value.copy() for name, value in told.items()}
+        added = {name: value for name, value in self._told.items() if name != HIDDEN}
+        self.denoise = denoiser.start(self._told[HIDDEN], timesteps, added)
         # A pipeline does not say whether it guides; it then repeats the latents, the unconditional half first.
         self._guided = bool(self._program.guidance) and _repeats(latents)
         self._difference = np.zeros(0, np.float32)
 
-    def __call__(self, step: int, latents: np.ndarray, hidden: np.ndarray, run: Run) -> np.ndarray:
+    def __call__(self, step: int, latents: np.ndarray, told: Told, run: Run) -> np.ndarray:
         """The output [N, C, h, w] of both halves of guidance, or of what there is.
 
         Where the program computes the conditional half c alone that is (c - d, c) with the last difference d, or
         (c, c), so that the pipeline's own u + scale (c - u) is right.
         """
-        rows = len(latents)
-        if rows > len(self._hidden):
-            raise DiffpressError(
-                f"the batch grew from {len(self._hidden)} to {rows} while this bundle's plan was running"
-            )
-        self._hidden[-rows:] = hidden  # callbacks may change the text
-        if not self._guided or rows < len(self._hidden):
+        rows, begun = len(latents), len(self._told[HIDDEN])
+        if rows > begun:
+            raise DiffpressError(f"the batch grew from {begun} to {rows} while this bundle's plan was running")
+        for name, value in told.items():
+            self._told[name][-rows:] = value  # callbacks may change the text
+        if not self._guided or rows < begun:
             return run(step, latents)
         if not _repeats(latents):
             raise DiffpressError(

@@ -9,12 +9,14 @@ import onnx
 import pytest
 import torch
 
+import diffpress
 from diffpress.api import compress
 from diffpress.bundle import Bundle
 from diffpress.calibration.model import load_pipeline
 from diffpress.compress.cache.execute import executed
 from diffpress.compress.families.unet import conditions
 from diffpress.compress.numerics.simulate import simulated
+from diffpress.errors import DiffpressError
 from diffpress.plan import Plan
 from diffpress.runtime.pipeline import Pipeline
 
@@ -88,6 +90,25 @@ def test_pictures_without_guidance_and_their_pixels(made: Any, tiny_xl: Path) ->
         image = pipeline.vae.decode(torch.from_numpy(got.latents[-1]) / pipeline.vae.config.scaling_factor).sample
     wanted = ((image / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(got.pixels - wanted).max() <= 0.51
+
+
+@pytest.mark.parametrize("negative", [None, "a moon"])
+def test_a_diffusers_pipeline_around_the_bundle_draws_the_same(made: Any, tiny_xl: Path, negative: str | None) -> None:
+    pipeline = diffpress.load_pipeline(made("plain"), "onnxruntime", "fp32")
+    assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
+    assert error(drawn(pipeline, negative), drawn(load_pipeline(str(tiny_xl)), negative)) < 1e-4
+    assert error(drawn(pipeline, scale=1.0), drawn(load_pipeline(str(tiny_xl)), scale=1.0)) < 1e-4
+
+
+def test_a_diffusers_pipeline_around_the_bundle_runs_its_step_program(made: Any) -> None:
+    pipeline = diffpress.load_pipeline(made("cached"), "onnxruntime", "fp32")
+    runtime = Pipeline.load(made("cached"), "onnxruntime", "fp32")
+    wanted = runtime(PROMPTS, SEEDS, keep_latents=True).latents[-1]
+    assert {*runtime.denoiser.program.steps} > {"full"} and error(drawn(pipeline), wanted) < 1e-5
+    with pytest.raises(DiffpressError, match="takes no clip_skip"):
+        pipeline("a red ring", num_inference_steps=STEPS, clip_skip=1)
+    with pytest.raises(DiffpressError, match="need text_embeds, time_ids among added_cond_kwargs"):
+        pipeline.unet(torch.zeros(2, 4, 8, 8), 1.0, torch.zeros(2, 24, 48))
 
 
 @pytest.mark.parametrize("name", ["cached", "frozen", "encoder"])

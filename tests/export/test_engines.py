@@ -22,11 +22,13 @@ from diffpress import bundle
 from diffpress.bundle import Bundle
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import weight_scale
+from diffpress.engines import builder, library, preflight, turing
+from diffpress.engines.build import build as prepared_build
+from diffpress.engines.memory import GB, USABLE, MemoryPlan
+from diffpress.engines.prepared import Prepared
 from diffpress.errors import DiffpressError
-from diffpress.export import buildable, builder, engines, graphs, library, qdq, store, turing
+from diffpress.export import buildable, engines, graphs, qdq, store
 from diffpress.export.deploy import deployable
-from diffpress.export.memory import GB, USABLE, MemoryPlan
-from diffpress.export.prepared import Prepared
 from diffpress.plan import LayerQuant
 
 try:
@@ -80,7 +82,8 @@ def test_engines_of_every_component_are_built_for_every_target(built: Bundle) ->
 def test_a_balanced_pipeline_builds_for_every_target(tiny_balanced: Bundle, tmp_path: Path) -> None:
     shutil.copytree(tiny_balanced.path, tmp_path / "bundle")
     made = engines.build(bundle.load(tmp_path / "bundle"), TARGETS, progress=False)
-    assert [entry["target"] for entry in made.manifest["engines"]] == [name for name in TARGETS for _ in COMPONENTS]
+    assert [entry["target"] for entry in made.manifest["engines"]] == [name for name in TARGETS for _ in range(5)]
+    assert {Path(entry["path"]).stem for entry in made.manifest["engines"]} == COMPONENTS | {"vae_encoder"}
     for target in TARGETS:
         sidecar = json.loads(made.file(f"engines/{target}/full.json").read_text())
         assert sidecar["precision"] == "int8+fp32" and sidecar["shapes"]["sample"]["max"] == [2, 4, 8, 8]
@@ -328,7 +331,7 @@ def test_a_type_that_a_target_lacks_is_refused_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = quantized(*formats)
-    monkeypatch.setattr(engines, "_build_graph", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr("diffpress.engines.build._build_graph", lambda *_: pytest.fail("work was started"))
     with pytest.raises(DiffpressError, match=message):
         engines.build(made, ["sm120", target], progress=False)
     assert not made.file("engines").exists()
@@ -395,7 +398,7 @@ def test_a_failure_at_the_very_end_puts_the_old_engines_back(
     def fail(*arguments: Any, **changes: Any) -> Bundle:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engines, "update", fail)
+    monkeypatch.setattr("diffpress.engines.build.update", fail)
     with pytest.raises(KeyboardInterrupt):
         engines.build(opened, ["sm89", "sm120"], progress=False)
     assert state(opened.path) == before
@@ -439,10 +442,10 @@ def test_what_was_prepared_is_built_without_onnx_or_torch(handmade: Bundle, tmp_
         "sys.modules.update(dict.fromkeys(('onnx', 'onnx_ir', 'torch', 'onnxscript', 'diffusers')))\n"
         "from pathlib import Path\n"
         "from diffpress import bundle\n"
-        "from diffpress.export import engines\n"
-        "from diffpress.export.prepared import Prepared\n"
+        "from diffpress.engines.build import build\n"
+        "from diffpress.engines.prepared import Prepared\n"
         "prepared = Prepared.from_json(json.loads(Path(sys.argv[2]).read_text()))\n"
-        "engines.build_prepared(bundle.load(sys.argv[1]), prepared, ['sm89'], progress=False)\n"
+        "build(bundle.load(sys.argv[1]), prepared, ['sm89'], progress=False)\n"
     )
     words = [sys.executable, "-c", script, str(handmade.path), str(tmp_path / "prepared.json")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
@@ -461,7 +464,7 @@ def test_prepared_graphs_are_those_of_their_bundle_alone(handmade: Bundle) -> No
     document = prepared.to_json()
     document["graphs"][0]["digests"]["unet/model.onnx"] = "0" * 64
     with pytest.raises(DiffpressError, match=r"unet/model.onnx is another one than was packed"):
-        engines.build_prepared(handmade, Prepared.from_json(document), ["sm89"], progress=False)
+        prepared_build(handmade, Prepared.from_json(document), ["sm89"], progress=False)
     del document["graphs"][0]["batches"]
     for wrong in (document, {}, {"graphs": [[]], "features": 0}):
         with pytest.raises(DiffpressError, match="pack the bundle again"):
@@ -481,9 +484,9 @@ def test_the_full_library_builds_for_the_gpu_that_is_there(monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(library, "_by_driver", lambda: [])
     with pytest.raises(DiffpressError, match="tensorrt cannot build for target 'sm89'; supported: none"):
-        engines.check_targets(["sm89"])
+        preflight.check_targets(["sm89"])
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 8.9\necho 12.0\n")
     tool.chmod(0o755)
-    assert engines.supported_targets() == ["sm89", "sm120"]
-    engines.check_targets(["sm89"])
+    assert preflight.supported_targets() == ["sm89", "sm120"]
+    preflight.check_targets(["sm89"])

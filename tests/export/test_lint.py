@@ -122,7 +122,7 @@ def test_the_library_refuses_the_same(fault: str) -> None:
 
 
 def parses(trt: Any, model: ir.Model) -> bool:
-    from diffpress.export import library
+    from diffpress.engines import library
 
     logger = library.logger(trt)
     builder = trt.Builder(logger)
@@ -207,7 +207,7 @@ def test_a_foreign_graph_is_refused_before_anything_is_built(handmade: Bundle, m
     model.graph.initializers["zero"].const_value = ir.tensor(np.array(5, np.int8), name="zero")
     ir.save(model, handmade.file("unet/cached.onnx"))
     changed = bundle.update(handmade)
-    monkeypatch.setattr(engines, "_build_graph", refuse("work was started"))
+    monkeypatch.setattr("diffpress.engines.build._build_graph", refuse("work was started"))
     with pytest.raises(DiffpressError, match=r"TensorRT cannot take unet/cached.onnx: node 'columns_q_node'.*not 0"):
         engines.build(changed, ["sm89"], progress=False)
     assert not changed.file("engines").exists()

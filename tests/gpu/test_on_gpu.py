@@ -17,9 +17,9 @@ from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 from diffpress.export import half
 from diffpress.plan import Plan
-from diffpress.runtime import backends, cuda, engines, tensor_rt
+from diffpress.runtime import backends, cuda, matching, tensor_rt
 from diffpress.runtime.backends import open_session
-from diffpress.runtime.engines import Machine
+from diffpress.runtime.matching import Machine
 from diffpress.runtime.pipeline import Images, Pipeline
 from diffpress.runtime.session import DeviceArray, Session
 
@@ -100,8 +100,8 @@ def _sessions(ready: Bundle, backend: str) -> dict[str, Session]:
     if backend not in backends.ENGINES:
         return {name: open_session(ready.graph(name), backend) for name in ready.manifest["graphs"]}
     return {
-        engine.name: engines.open_engine(ready, engine)
-        for engine in engines.listed(ready)
+        engine.name: matching.open_engine(ready, engine)
+        for engine in matching.listed(ready)
         if engine.name in ready.manifest["graphs"]
     }
 

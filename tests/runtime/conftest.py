@@ -248,10 +248,11 @@ def add_engines(fakes: ModuleType) -> Callable[..., bundle.Bundle]:
         library: str = "tensorrt",
         version: str = "10.9.0.34",
         most: int = 2,
+        components: Sequence[str] = ("text_encoder", "vae_decoder"),
     ) -> bundle.Bundle:
         graphs = {
             **opened.manifest["graphs"],
-            **{name: f"{name}/model.onnx" for name in ("text_encoder", "vae_decoder")},
+            **{name: f"{name}/model.onnx" for name in components},
         }
         entries = [entry for entry in opened.manifest.get("engines", []) if entry["target"] != target]
         for name, file in graphs.items():

@@ -10,8 +10,9 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,14 @@ from PIL import Image
 
 from diffpress import bundle, cli
 from diffpress.bundle import MANIFEST, Bundle
+from diffpress.engines.build import build
+from diffpress.engines.prepared import Graph, Prepared
+from diffpress.engines.targets import Target
 from diffpress.errors import DiffpressError
-from diffpress.runtime import builder, engines, lock, package, tensor_rt
+from diffpress.export import buildable
+from diffpress.runtime import lock, matching, package
 from diffpress.runtime.cuda import Gpu
-from diffpress.runtime.engines import Machine
+from diffpress.runtime.matching import Machine
 from diffpress.runtime.opening import choose_opening
 from diffpress.runtime.pack import identity, pack
 from diffpress.runtime.package import opened, unpack
@@ -148,7 +153,9 @@ def test_engines_of_a_package_run_and_have_nothing_to_fall_back_on(
             Pipeline.load(file, fallback=fallback)
     with pytest.raises(DiffpressError, match="holds engines for sm89 and no graphs, which onnxruntime runs"):
         Pipeline.load(file, "onnxruntime")
-    other = members(pack(built, ["sm80", "sm89"], tmp_path / "other.tar", graphs=True, progress=False))
+    other = members(
+        pack(built, ["sm80", "sm89"], tmp_path / "other.tar", graphs=True, progress=False, prepare=buildable.prepare)
+    )
     assert json.loads(other[MANIFEST])["package"]["build"]["targets"] == ["sm80"]
     with_graphs = pack(built, ["sm89"], tmp_path / "graphs.tar", graphs=True, progress=False)
     assert Pipeline.load(with_graphs, fallback=True).backend == "onnxruntime"
@@ -167,9 +174,17 @@ def test_the_encoder_of_pictures_goes_along_when_asked(
     file = pack(built, ["sm89"], tmp_path / "sm89.tar", image_to_image=True, progress=False)
     assert {name for name in members(file) if name.endswith(".onnx")} == {graph}  # no engine was built of it
     plug_in()
-    opening = choose_opening(opened(file, progress=False), ["full", "cached", "text_encoder", "vae_decoder"])
-    assert opening.backend == "tensorrt"
+    names, encoder = ["full", "cached", "text_encoder", "vae_decoder"], ["vae_encoder"]
+    opening = choose_opening(opened(file, progress=False), names, optional=encoder)
+    assert opening.backend == "tensorrt" and list(opening.engines) == names
     latent = {"latent_sample": np.zeros((1, 4, 4, 4), np.float32)}
+    assert opening.component("vae_encoder", "fp32").run(latent)["sample"].shape == (1, 3, 8, 8)
+    whole = add_engines(built, components=("text_encoder", "vae_decoder", "vae_encoder"))
+    engine = pack(whole, ["sm89"], tmp_path / "engine.tar", image_to_image=True, progress=False)
+    assert not any(name.endswith(".onnx") for name in members(engine))
+    assert "engines/sm89/vae_encoder.engine" not in members(pack(whole, ["sm89"], tmp_path / "no.tar", progress=False))
+    opening = choose_opening(opened(engine, progress=False), names, optional=encoder)
+    assert list(opening.engines) == names + encoder
     assert opening.component("vae_encoder", "fp32").run(latent)["sample"].shape == (1, 3, 8, 8)
     with pytest.raises(DiffpressError, match=r"does not list the file unet/model\.onnx"):
         opening.file("other", "unet/model.onnx")
@@ -344,7 +359,7 @@ def orin(source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A package for Jetson Orin, on a machine that has such a GPU and a fake TensorRT."""
     here = Machine(ORIN, {"tensorrt": "10.9.0.34"})
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: here))
-    return pack(source, ["sm87"], tmp_path / "orin.tar", progress=False)
+    return pack(source, ["sm87"], tmp_path / "orin.tar", progress=False, prepare=buildable.prepare)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0, error: BaseException | None = None) -> list[str]:
@@ -352,41 +367,54 @@ def counting(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0, error: BaseE
     built: list[str] = []
 
     def one(
-        trt: Any, opened: Bundle, order: Mapping[str, Any], target: str, library: str, folder: Path, bar: Any
-    ) -> dict[str, Any]:
-        name = order["variant"] or order["component"]
+        opened: Bundle, graph: Graph, package: str, chosen: Sequence[Target], plans: Any, staging: Path, bar: Any
+    ) -> list[dict[str, Any]]:
         time.sleep(seconds)
-        built.append(name)
+        built.append(graph.name)
         if error is not None and len(built) == 3:
             raise error
-        file = folder / f"{name}.engine"
-        file.write_bytes(name.encode())
-        sidecar = {**order, "target": target, "precision": "fp32", "bytes": len(name), "seconds": 0.1}
-        sidecar |= {
-            "sha256": {order["graph"]: opened.manifest["files"][order["graph"]]},
-            "versions": {library: "10.9.0.34"},
+        (target,), (plan,) = chosen, plans
+        assert (plan.target, plan.available) == ("sm87", int(ORIN.memory_bytes * 0.9))
+        file = staging / target.name / f"{graph.name}.engine"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(graph.name.encode())
+        sidecar = {
+            "target": target.name,
+            "component": "unet" if graph.denoiser else graph.name,
+            "variant": graph.name if graph.denoiser else None,
+            "precision": "fp32",
+            "bytes": len(graph.name),
+            "seconds": 0.1,
+            "sha256": dict(graph.digests),
+            "versions": {package: "10.9.0.34"},
         }
         file.with_suffix(".json").write_text(json.dumps(sidecar))
-        return {**sidecar, "path": f"engines/{target}/{name}.engine"}
+        return [{**sidecar, "path": f"engines/{target.name}/{graph.name}.engine"}]
 
-    monkeypatch.setattr(builder, "_built", one)
-    monkeypatch.setattr(tensor_rt, "library", lambda backend: None)
+    monkeypatch.setattr("diffpress.engines.build._build_graph", one)
+    monkeypatch.setattr("diffpress.engines.library.find", lambda package: ModuleType(package))
+    monkeypatch.setattr("diffpress.engines.library.present", lambda: ["sm87"])
     return built
 
 
-def test_a_package_for_a_target_that_builds_itself_holds_graphs_and_orders(orin: Path) -> None:
+def test_a_package_for_a_target_that_builds_itself_holds_graphs_and_what_is_known_of_them(
+    orin: Path, source: Bundle, tmp_path: Path
+) -> None:
     held = members(orin)
     manifest = json.loads(held[MANIFEST])
     assert {name for name in held if name.endswith(".onnx")} >= {"unet/model.onnx", "vae_decoder/model.onnx"}
-    assert manifest["package"]["build"] == {
-        "targets": ["sm87"],
-        "engines": [
-            {"component": "unet", "variant": "full", "graph": "unet/model.onnx", "batch": [1, 2, 2]},
-            {"component": "unet", "variant": "cached", "graph": "unet/cached.onnx", "batch": [1, 2, 2]},
-            {"component": "text_encoder", "variant": None, "graph": "text_encoder/model.onnx", "batch": [1, 1, 1]},
-            {"component": "vae_decoder", "variant": None, "graph": "vae_decoder/model.onnx", "batch": [1, 1, 1]},
-        ],
-    }
+    order = manifest["package"]["build"]
+    assert order["targets"] == ["sm87"]
+    graphs = Prepared.from_json(order["prepared"]).graphs
+    assert [(graph.name, graph.file, graph.batches) for graph in graphs] == [
+        ("full", "unet/model.onnx", ((1, 2, 2),)),
+        ("cached", "unet/cached.onnx", ((1, 2, 2),)),
+        ("text_encoder", "text_encoder/model.onnx", ((1, 2, 2),)),
+        ("vae_decoder", "vae_decoder/model.onnx", ((1, 1, 1),)),
+    ]
+    with pytest.raises(DiffpressError, match="sm87 builds its own engines"):
+        pack(source, ["sm87"], tmp_path / "other.tar", progress=False)
+    assert not (tmp_path / "other.tar").exists()
 
 
 def test_the_first_start_builds_and_the_next_does_not(orin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,18 +473,18 @@ def test_the_builder_builds_real_engines(source: Bundle, tmp_path: Path, monkeyp
     """By the library that builds without a GPU; its API is that of the one on the target."""
     trt = pytest.importorskip("tensorrt_rtx")
     here = Machine(Gpu("GeForce RTX 4090", "sm89", 24 << 30, False), {"tensorrt-rtx": str(trt.__version__)})
-    made = unpack(pack(source, ["sm87"], tmp_path / "box.tar", progress=False), tmp_path / "box")
-    orders = made.manifest["package"]["build"]["engines"]
-    built = builder.build(made, orders, here, "tensorrt-rtx", progress=False)
+    file = pack(source, ["sm87"], tmp_path / "box.tar", progress=False, prepare=buildable.prepare)
+    made = unpack(file, tmp_path / "box")
+    prepared = Prepared.from_json(made.manifest["package"]["build"]["prepared"])
+    built = build(made, prepared, ["sm89"], progress=False, package="tensorrt-rtx")
     bundle.load(built.path)
-    chosen = engines.fitting(built, ["full", "cached", "text_encoder", "vae_decoder"], here)
+    chosen = matching.fitting(built, ["full", "cached", "text_encoder", "vae_decoder"], here)
     assert {engine.precision for engine in chosen.values()} == {"fp32"}
     sidecar = json.loads(built.file("engines/sm89/full.json").read_text())
     assert sidecar["shapes"]["sample"] == {"min": [1, 4, 4, 4], "opt": [2, 4, 4, 4], "max": [2, 4, 4, 4]}
     assert sidecar["shapes"]["timestep"] == {kind: [1] for kind in ("min", "opt", "max")}
-    shutil.copy(built.file("tokenizer/tokenizer.json"), built.file("unet/model.onnx"))
-    with pytest.raises(DiffpressError, match=r"unet/model\.onnx"):
-        builder.build(bundle.update(built), orders, here, "tensorrt-rtx", progress=False)
+    with pytest.raises(DiffpressError, match=r"tensorrt, which is needed to build engines, is not installed"):
+        build(made, prepared, ["sm89"], progress=False, package="tensorrt")
 
 
 def test_a_lock_is_free_when_its_holder_is_killed(tmp_path: Path) -> None:
@@ -515,7 +543,7 @@ def test_wrong_use_is_one_line(
     box: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(box.parent)
-    monkeypatch.setattr(engines.cuda, "gpu", lambda: None)
+    monkeypatch.setattr(matching.cuda, "gpu", lambda: None)
     Path("junk.tar").write_bytes(b"junk" * 1000)
     before = {str(path) for path in Path(".").rglob("*") if not path.name.endswith(".lock")}
     assert cli.main(words) == 2

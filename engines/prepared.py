@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diffpress.engines.builder import Batch
+from diffpress.engines.memory import Need
 from diffpress.errors import DiffpressError
-from diffpress.export.builder import Batch
-from diffpress.export.memory import Need
 
 
 @dataclass(frozen=True)

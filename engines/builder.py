@@ -6,7 +6,6 @@ Nothing here reads ONNX by itself, so that a target which has the library and no
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffpress.engines import library, turing
+from diffpress.engines.progress import monitor
 from diffpress.errors import DiffpressError
-from diffpress.export import library, turing
-from diffpress.export.progress import monitor
+from diffpress.paths import cache_root, write
 
 Profile = dict[str, dict[str, list[int]]]  # input -> "min", "opt", "max" -> shape
 Batch = tuple[int, int, int]  # min, opt, max
@@ -182,7 +182,7 @@ class TimingCache:
 
     def __init__(self, trt: ModuleType, target: str) -> None:
         name = f"{library.package(trt)}-{trt.__version__}-{target}.cache"
-        self.file = folder() / "timing" / name if trt.__name__ == "tensorrt" else None
+        self.file = cache_root() / "timing" / name if trt.__name__ == "tensorrt" else None
 
     def attach(self, config: Any) -> None:
         """Let the build use what earlier ones measured."""
@@ -199,13 +199,4 @@ class TimingCache:
         cache = config.get_timing_cache() if self.file is not None else None
         if self.file is None or cache is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(bytes(cache.serialize()))
-        part.replace(self.file)
-
-
-def folder() -> Path:
-    """Where things are kept between runs: DIFFPRESS_CACHE, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffpress"
-    return Path(os.environ.get("DIFFPRESS_CACHE", default))
+        write(self.file, bytes(cache.serialize()))

@@ -7,9 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from diffpress.bundle import Bundle
-from diffpress.export import buildable, liveness, memory
-from diffpress.export.memory import GB, Need
-from diffpress.export.targets import Target
+from diffpress.engines import memory
+from diffpress.engines.memory import GB, Need
+from diffpress.engines.targets import Target
+from diffpress.export import buildable, liveness
 
 CARD = Target("sm89", (), 1.0)  # 0.9 GB of it usable
 

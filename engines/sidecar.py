@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import diffpress
-from diffpress.export import library, targets
-from diffpress.export.builder import Built, envelope
-from diffpress.export.memory import Need
-from diffpress.export.prepared import Graph
-from diffpress.export.targets import Target
+from diffpress.engines import library, targets
+from diffpress.engines.builder import Built, envelope
+from diffpress.engines.memory import Need
+from diffpress.engines.prepared import Graph
+from diffpress.engines.targets import Target
 
 FORMAT = 1  # of the sidecar; a reader refuses a newer one
 LISTED = ("target", "component", "variant", "precision", "bytes", "seconds")  # what the manifest repeats

@@ -11,9 +11,9 @@ import pytest
 from diffpress import bundle
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.runtime import backends, engines, opening
+from diffpress.runtime import backends, matching, opening
 from diffpress.runtime.cuda import Gpu
-from diffpress.runtime.engines import Machine, Mismatch
+from diffpress.runtime.matching import Machine, Mismatch
 from diffpress.runtime.pipeline import Pipeline
 
 NAMES = ("full", "cached", "text_encoder", "vae_decoder")
@@ -32,11 +32,11 @@ def machine(gpu: Gpu = ADA, **versions: str) -> Machine:
 
 def test_engines_of_this_gpu_and_library_are_chosen(built: Bundle, add_engines: Add) -> None:
     both = add_engines(built, target="sm86")
-    chosen = engines.fitting(both, NAMES, machine(tensorrt="10.9.0.34"))
+    chosen = matching.fitting(both, NAMES, machine(tensorrt="10.9.0.34"))
     assert list(chosen) == list(NAMES) and {engine.target for engine in chosen.values()} == {"sm89"}
     assert chosen["full"].path == "engines/sm89/full.engine" and chosen["full"].library == "tensorrt"
     rtx = add_engines(built, library="tensorrt-rtx", version="1.7.1.116")
-    found = engines.fitting(rtx, NAMES, machine(tensorrt="10.9.0.34", tensorrt_rtx="1.7.1.116"))
+    found = matching.fitting(rtx, NAMES, machine(tensorrt="10.9.0.34", tensorrt_rtx="1.7.1.116"))
     assert {engine.library for engine in found.values()} == {"tensorrt-rtx"}
 
 
@@ -66,7 +66,7 @@ def test_a_mismatch_is_one_line_that_says_what_to_do(
     built: Bundle, here: Machine | None, library: str | None, message: str
 ) -> None:
     with pytest.raises(Mismatch, match=message) as caught:
-        engines.fitting(built, NAMES, here, library)
+        matching.fitting(built, NAMES, here, library)
     assert "\n" not in str(caught.value)
 
 
@@ -79,21 +79,21 @@ def changed_sidecar(built: Bundle, **changes: Any) -> Bundle:
 def test_engines_that_do_not_belong_to_the_bundle_are_refused(built: Bundle) -> None:
     here = machine(tensorrt="10.9.0.34")
     with pytest.raises(Mismatch, match="no sm89 engine of vae_encoder: diffpress build"):
-        engines.fitting(built, (*NAMES, "vae_encoder"), here)
+        matching.fitting(built, (*NAMES, "vae_encoder"), here)
     with pytest.raises(Mismatch, match=r"full\.engine was built from another graph than the bundle's"):
-        engines.fitting(changed_sidecar(built, sha256={"unet/model.onnx": "0" * 64}), NAMES, here)
+        matching.fitting(changed_sidecar(built, sha256={"unet/model.onnx": "0" * 64}), NAMES, here)
     with pytest.raises(Mismatch, match=r"full\.engine has \d+ bytes instead of 7"):
-        engines.fitting(
+        matching.fitting(
             changed_sidecar(built, sha256={"unet/model.onnx": built.manifest["files"]["unet/model.onnx"]}, bytes=7),
             NAMES,
             here,
         )
     for changes in ({"versions": {}}, {"versions": {"other": "1"}}, {"sha256": []}, {"bytes": "many"}):
         with pytest.raises(DiffpressError, match="engines are not as diffpress wrote them"):
-            engines.fitting(changed_sidecar(built, **{"versions": {"tensorrt": "1"}, **changes}), NAMES, here)
+            matching.fitting(changed_sidecar(built, **{"versions": {"tensorrt": "1"}, **changes}), NAMES, here)
     built.file("engines/sm89/full.json").unlink()
     with pytest.raises(DiffpressError, match=r"does not list engines/sm89/full\.engine and its sidecar"):
-        engines.listed(bundle.update(built))
+        matching.listed(bundle.update(built))
 
 
 @pytest.mark.parametrize("path", ["../full.engine", "/etc/passwd", "engines/../../full.engine"])
@@ -103,7 +103,7 @@ def test_an_engine_outside_the_bundle_is_refused(built: Bundle, path: str) -> No
     document = {**built.manifest, "engines": entries, "files": built.manifest["files"] | outside}
     (built.path / bundle.MANIFEST).write_text(json.dumps(document))
     with pytest.raises(DiffpressError, match="points outside the bundle"):
-        engines.listed(bundle.read(built.path))
+        matching.listed(bundle.read(built.path))
     with pytest.raises(DiffpressError, match="points outside the bundle"):
         Pipeline.load(built.path)
 
@@ -157,7 +157,7 @@ def test_another_gpu_or_version_is_refused_and_graphs_run_when_asked(
 
 
 def test_without_a_gpu_engines_are_left_alone(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.cuda, "gpu", lambda: None)
+    monkeypatch.setattr(matching.cuda, "gpu", lambda: None)
     assert Pipeline.load(built.path).backend == backends.available()[0][0]
     with pytest.raises(Mismatch, match="--backend tensorrt needs an NVIDIA GPU and its driver"):
         Pipeline.load(built.path, "tensorrt")

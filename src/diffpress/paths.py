@@ -1,4 +1,4 @@
-"""Where the runtime keeps what it can make again: caches of the libraries, packages that were unpacked."""
+"""Where things are kept that can be made again: recordings, caches of the libraries, packages that were unpacked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def cache_root() -> Path:
     """DIFFPRESS_CACHE, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffpress"
-    return Path(os.environ.get("DIFFPRESS_CACHE", default)) / "runtime"
+    return Path(os.environ.get("DIFFPRESS_CACHE", default))
 
 
 def write(file: Path, content: bytes) -> None:

@@ -1,8 +1,8 @@
 import pytest
 
+from diffpress.engines import targets
+from diffpress.engines.targets import GENERATIONS, GPUS, Target
 from diffpress.errors import DiffpressError
-from diffpress.export import targets
-from diffpress.export.targets import GENERATIONS, GPUS, Target
 
 RTX = ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]  # what TensorRT for RTX 1.7 builds for
 
@@ -101,6 +101,6 @@ def test_a_missing_type_is_refused_and_another_named(kind: str, target: str, lea
 
 def test_the_table_says_what_the_installed_library_builds_for() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    from diffpress.export import library
+    from diffpress.engines import library
 
     assert library.capabilities(trt).keys() <= GENERATIONS.keys()

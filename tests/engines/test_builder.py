@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from diffpress.export import builder, library
-from diffpress.export.builder import Options, TimingCache
-from diffpress.export.progress import Progress, monitor
+from diffpress.engines import builder, library
+from diffpress.engines.builder import Options, TimingCache
+from diffpress.engines.progress import Progress, monitor
 
 TRT = SimpleNamespace(
     __name__="tensorrt",

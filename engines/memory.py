@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffpress.export.targets import Target
+from diffpress.engines.targets import Target
 
 GB = 10**9
 USABLE = 0.9  # of a card's memory; its display and the driver's context take the rest

@@ -19,16 +19,18 @@ LIBRARIES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}  # module -
 FIGURES = {"Total Activation Memory": "activations", "Total Weights Memory": "weights"}  # that builders log, in bytes
 
 
-def find() -> ModuleType:
-    """The installed library; raises `DiffpressError` when there is none."""
-    for module in LIBRARIES:
+def find(package: str | None = None) -> ModuleType:
+    """The installed library, the one of `package` if given; raises `DiffpressError` when there is none."""
+    wanted = [module for module, name in LIBRARIES.items() if package in (None, name)]
+    for module in wanted:
         try:
             return importlib.import_module(module)
         except ImportError:
             continue
+    missing = "neither tensorrt-rtx nor tensorrt is installed, one of which" if package is None else f"{package}, which"
     raise DiffpressError(
-        "neither tensorrt-rtx nor tensorrt is installed, one of which is needed to build engines: "
-        "pip install 'diffpress[tensorrt-rtx]'"
+        f"{missing} is needed to build engines{'' if package is None else ', is not installed'}: "
+        f"pip install 'diffpress[{package or 'tensorrt-rtx'}]'"
     )
 
 
@@ -41,7 +43,9 @@ def capabilities(trt: ModuleType) -> dict[str, Any]:
     """Target -> the library's value for it; None where the library knows no other target than the machine's GPU."""
     if hasattr(trt, "ComputeCapability"):
         members = trt.ComputeCapability.__members__.items()
-        return {name.lower(): value for name, value in members if re.fullmatch(r"SM\d+", name)}
+        known = {name.lower(): value for name, value in members if re.fullmatch(r"SM\d+", name)}
+        # A GPU that it has no name for: it is tried, and the library's own refusal is the answer.
+        return known | {name: trt.ComputeCapability.CURRENT for name in present() if name not in known}
     return dict.fromkeys(present())
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
+from diffpress.paths import cache_root
 from diffpress.runtime import cuda, tensor_rt
-from diffpress.runtime.paths import cache_root
 from diffpress.runtime.session import Session
 
 LIBRARIES = ("tensorrt-rtx", "tensorrt")  # as packages and as backends, the preferred one first
@@ -91,9 +91,14 @@ def _engine(path: str, sidecar: Mapping[str, Any]) -> Engine:
 
 
 def fitting(
-    bundle: Bundle, names: Collection[str], machine: Machine | None, library: str | None = None
+    bundle: Bundle,
+    names: Collection[str],
+    machine: Machine | None,
+    library: str | None = None,
+    optional: Collection[str] = (),
 ) -> dict[str, Engine]:
-    """By name, an engine for each of `names` that `machine` can run, all of one library (`library` if given).
+    """By name, an engine for each of `names` that `machine` can run, all of one library (`library` if given), and for
+    those of `optional` that have one.
 
     Raises `Mismatch` with one line that says what is wrong and what to do.
     """
@@ -114,7 +119,7 @@ def fitting(
         chosen = {engine.name: engine for engine in ours if engine.library == candidate}
         reason = _reason(bundle, chosen, names, candidate, machine, build)
         if reason is None:
-            return {name: chosen[name] for name in names}
+            return {name: chosen[name] for name in (*names, *optional) if name in chosen}
         if chosen or library:
             reasons.append(reason)
     raise Mismatch(reasons[0])
@@ -154,5 +159,5 @@ def _reason(
 def open_engine(bundle: Bundle, engine: Engine) -> Session:
     """Open an engine on this machine's GPU; raises `DiffpressError` when its bytes are not those of the manifest."""
     digest = bundle.manifest["files"][engine.path]
-    kept = cache_root() / engine.library / f"{digest[:32]}-{engine.version}.cache"
+    kept = cache_root() / "runtime" / engine.library / f"{digest[:32]}-{engine.version}.cache"
     return tensor_rt.TensorRt(bundle.file(engine.path), engine.library, cuda.device(), digest, kept)
