@@ -1,0 +1,1 @@
+"""One-shot pruning: what leaves a denoiser, by a timestep-aware Hessian."""

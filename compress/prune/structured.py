@@ -1,0 +1,210 @@
+"""`prune-structured`: heads, feed-forward neurons and ResBlock channels leave, and what stays makes up for them.
+
+OBS-Diff (Zhu et al. 2025) on U-Nets: the reader of a structure (`to_out`, the second feed-forward layer, the second
+convolution) loses groups of its input columns by the Optimal Brain Surgeon with a timestep-aware Hessian, and what made
+these inputs is cut with them. Module packages bound the memory: the Hessians of one package at a time are collected, on
+the network as it is cut so far. How much of each structure goes follows from what that does to the denoiser's output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from diffpress.calibration.hessian import Hessian, Weighting
+from diffpress.calibration.processes import on_fastest_device
+from diffpress.compress.names import require_matches
+from diffpress.compress.prune import packages, speed, structure
+from diffpress.compress.prune.allocate import Choice, allocate, uniform
+from diffpress.compress.prune.methods import Method, columns_gone
+from diffpress.compress.prune.outputs import Outputs
+from diffpress.compress.prune.structure import CHANNELS, HEADS, NEURONS, Structure
+from diffpress.compress.quantize.samples import chosen_calls
+from diffpress.compress.quantize.sensitivity import Numbers
+from diffpress.compress.work import Work
+from diffpress.errors import DiffpressError
+
+NAME = "prune-structured"
+LEVELS = (0.25, 0.5)  # of a structure's parts: where its effect on the output is measured
+JUDGED = 16  # recorded calls that the output's error is measured on
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PruneStructuredPass:
+    """Remove the share `ratio` of the denoiser's parameters, operations or measured latency, by whole parts.
+
+    `allocation` says how the share is spread: by what removing parts does to the output, or alike everywhere. `exclude`
+    spares structures by shell patterns over their paths, those of the first and last block if it is absent. `method`
+    obs compensates; the others are what it is compared with. Widths stay multiples of `multiple` where they can.
+    """
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    budget: Literal["parameters", "flops", "latency"] = "parameters"
+    method: Method = "obs"
+    allocation: Literal["sensitivity", "uniform"] = "sensitivity"
+    kinds: Annotated[tuple[Literal["heads", "neurons", "channels"], ...], Field(min_length=1)] = (
+        HEADS,
+        NEURONS,
+        CHANNELS,
+    )
+    exclude: tuple[str, ...] | None = None
+    weighting: Weighting = "log-decrease"
+    packages: Annotated[int, Field(ge=1, description="module packages, each with a run over the recorded calls")] = 4
+    memory_gb: Annotated[float, Field(gt=0, description="of Hessians at a time; more packages where it is less")] = 4.0
+    multiple: Annotated[int, Field(ge=1)] = structure.MULTIPLE
+    damping: Annotated[float, Field(gt=0)] = 0.01
+
+    def requires(self, work: Work) -> None:
+        """Raises `DiffpressError` behind passes that know the widths, and where nothing can be cut."""
+        structure.check_order(work, NAME)
+        if self.budget == "latency" and work.latency is None:
+            raise DiffpressError(f"{NAME}: budget: latency is measured, and no inference library is installed here")
+        self.chosen(work)
+
+    def chosen(self, work: Work) -> dict[str, Structure]:
+        """The structures that may be cut; raises `DiffpressError` where patterns match or leave nothing."""
+        known = structure.structures(work.denoiser, self.multiple)
+        require_matches(f"{NAME}: exclude", self.exclude or (), known, "structure")
+        spared = self.exclude if self.exclude is not None else packages.ends(work.denoiser, known)
+        found = {
+            path: one
+            for path, one in known.items()
+            if one.kind in self.kinds and len(one.counts) > 1 and not any(fnmatch(path, pattern) for pattern in spared)
+        }
+        if not found:
+            raise DiffpressError(f"{NAME}: nothing is left that could be cut: relax exclude, kinds or multiple")
+        return found
+
+    def apply(self, work: Work) -> str:
+        """Cut the denoiser in place; says what left and what that did to the output."""
+        unet, chosen, calls = work.denoiser, self.chosen(work), list(work.record())
+        before = sum(parameter.numel() for parameter in unet.parameters())
+        with on_fastest_device(unet):
+            outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))
+            counts = self._counts(work, chosen, outputs)
+            state = packages.State(work, NAME, self, calls)
+            for index, group in enumerate(self._groups(work, chosen, counts, self.packages)):
+                done = state.load(index)
+                if done is None:
+                    seen = packages.collect(work, [chosen[path].reader for path in group], calls, self.weighting)
+                    done = {}
+                    for path in work.progress(group, f"pruning package {index + 1}"):
+                        kept, weight = self._solved(work, chosen[path], seen, counts[path])
+                        done |= {f"{path} kept": torch.tensor(kept), f"{path} weight": weight}
+                    del seen
+                    state.save(index, done)
+                for path in group:
+                    reader = unet.get_submodule(chosen[path].reader)
+                    reader.weight.data = done[f"{path} weight"].reshape(reader.weight.shape).to(reader.weight)
+                    structure.cut(unet, {path: done[f"{path} kept"].tolist()})
+            error = outputs.error()
+        work.originals.clear()  # they have the old widths; from here on this network is what others are compared with
+        after = sum(parameter.numel() for parameter in unet.parameters())
+        return (
+            f"{1 - after / before:.1%} of the parameters left with {self._told(chosen, counts)}; error of the output on "
+            f"recorded calls {error:.2%}"
+        )
+
+    def _solved(
+        self, work: Work, one: Structure, seen: Mapping[str, Hessian], count: int
+    ) -> tuple[Sequence[int], Tensor]:
+        """The parts of a structure that stay when `count` go, and its reader's weight [out, columns] then."""
+        weight = work.denoiser.get_submodule(one.reader).weight.detach().flatten(1)
+        gone = columns_gone(self.method, weight, seen[one.reader].matrix, one, count, self.damping)
+        return gone.kept.tolist(), gone.weight
+
+    def _groups(
+        self, work: Work, chosen: Mapping[str, Structure], paths: Iterable[str], count: int
+    ) -> list[list[str]]:
+        readers = {path: work.denoiser.get_submodule(chosen[path].reader) for path in chosen if path in set(paths)}
+        return packages.split(readers, count, self.memory_gb)
+
+    def _counts(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, int]:
+        """How many parts leave each structure, of those that lose some."""
+        if self.budget == "latency":
+            found = speed.counts(work, self.ratio, lambda share: self._spread(work, chosen, outputs, "parameters", share))
+        else:
+            found = self._spread(work, chosen, outputs, self.budget, self.ratio)
+        return {path: count for path, count in found.items() if count}
+
+    def _spread(
+        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, budget: str, share: float
+    ) -> dict[str, int]:
+        """The same for a share of the denoiser's parameters or operations."""
+        each, total = _costs(work, chosen, budget)
+        errors = self._errors(work, chosen, outputs) if self.allocation == "sensitivity" else None
+        choices = {}
+        for path, one in chosen.items():
+            removed = [one.count - left for left in reversed(one.counts)]
+            grown = packages.growth(errors[path]) if errors else (lambda count: 0.0)
+            choices[path] = [Choice(count, each[path] * count, grown(count)) for count in removed]
+        spread = allocate if errors else uniform
+        try:
+            picked = spread(choices, share * total)
+        except DiffpressError as error:
+            most = sum(options[-1].saved for options in choices.values()) / total
+            raise DiffpressError(
+                f"{NAME}: ratio {share:g} of the denoiser's {budget} is more than the {most:.2f} that all it may cut "
+                "have: lower it, or relax exclude, kinds or multiple"
+            ) from error
+        return {path: choice.removed for path, choice in picked.items()}
+
+    def _errors(
+        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs
+    ) -> dict[str, dict[int, float]]:
+        """The output's relative error when a structure alone loses so many parts, measured at `LEVELS` of them."""
+        calls = list(work.record())
+        known = Numbers(work.scratch / f"{NAME}-sensitivity")
+        context = json.dumps([self.method, self.weighting, self.damping, packages.digest(work, calls)])
+        found: dict[str, dict[int, float]] = {path: {} for path in chosen}
+
+        def key(path: str, count: int) -> str:
+            return packages.short(f"{context} {path} {count}")
+
+        wanted = {path: sorted({max(1, round(level * one.count)) for level in LEVELS}) for path, one in chosen.items()}
+        wanted = {path: [count for count in counts if count < chosen[path].count] for path, counts in wanted.items()}
+        missing = [path for path, counts in wanted.items() if any(key(path, count) not in known for count in counts)]
+        for group in self._groups(work, chosen, missing, 1):
+            seen = packages.collect(work, [chosen[path].reader for path in group], calls, self.weighting)
+            for path in work.progress(group, "measuring what parts are worth"):
+                reader = work.denoiser.get_submodule(chosen[path].reader)
+                whole = reader.weight.data
+                for count in wanted[path]:
+                    _, weight = self._solved(work, chosen[path], seen, count)
+                    reader.weight.data = weight.reshape(whole.shape).to(whole)
+                    known[key(path, count)] = outputs.error()
+                    reader.weight.data = whole
+        for path, counts in wanted.items():
+            for count in counts:
+                measured = known[key(path, count)]
+                found[path][count] = measured if math.isfinite(measured) else math.inf
+        return found
+
+    def _told(self, chosen: Mapping[str, Structure], counts: Mapping[str, int]) -> str:
+        parts = []
+        for kind in self.kinds:
+            gone = sum(count for path, count in counts.items() if chosen[path].kind == kind)
+            of = sum(one.count * one.size if kind == CHANNELS else one.count for one in chosen.values() if one.kind == kind)
+            if gone:
+                size = sum(count * chosen[path].size for path, count in counts.items() if chosen[path].kind == kind)
+                parts.append(f"{size if kind == CHANNELS else gone} of {of} {kind}")
+        return ", ".join(parts) or "nothing"
+
+
+def _costs(work: Work, chosen: Mapping[str, Structure], budget: str) -> tuple[dict[str, float], float]:
+    """What a part of each structure takes of the denoiser's parameters or operations, and what all of it takes."""
+    unet = work.denoiser
+    if budget == "parameters":
+        total = sum(parameter.numel() for parameter in unet.parameters())
+        return {path: float(one.parameters) for path, one in chosen.items()}, float(total)
+    rows, columns = work.recorded_size()
+    each = structure.flops(unet, rows, columns, tokens)
+    return {path: float(each[path]) for path in chosen}, float(total)
