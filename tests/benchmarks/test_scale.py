@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_stages_are_run_once_and_rows_replaced(tmp_path: Path, monkeypatch: pyte
     first = scale.row(work, "sd15", "create", options)
     assert first["model"] == "sd15" and first["stage"] == "create"
     assert first["seconds"] > 0 and first["peak_rss_bytes"] > 1 << 27
-    monkeypatch.setattr(scale.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(scale, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     assert scale.row(work, "sd15", "create", options) == first
     file = tmp_path / "scale.json"
     scale.written(file, [first, {"model": "sdxl", "stage": "create", "seconds": 1.0}], options)
