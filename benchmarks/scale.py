@@ -137,24 +137,23 @@ def engine(folder: Path, name: str, options: Mapping[str, Any], kind: str = "fp1
 
     FP16 is the plain network in half precision. INT8 and INT4 are as they ship: what is not quantized is FP32.
     """
-    from diffpress import bundle as bundles
-    from diffpress.export import engines as builder
+    import onnx_ir
 
-    alone, source = folder / f"engine-{kind}", bundles.read(folder / "bundle")
+    from diffpress.engines import library
+    from diffpress.engines.builder import Builder, Job, Options
+    from diffpress.export import buildable
+
+    alone = folder / f"engine-{kind}"
     shutil.rmtree(alone, ignore_errors=True)
-    with bundles.create(alone) as made:
-        _denoiser(folder, kind, made / "unet")
-        gc.collect()
-        shutil.copytree(source.path / "plan", made / "plan")
-        program = {"steps": ["full"] * len(source.manifest["program"]["steps"]),
-                   "variants": {"full": {"reads": [], "writes": []}}}  # fmt: skip
-        changes = {"graphs": {"full": "unet/model.onnx"}, "program": program, "dialects": {}, "features": {}}
-        bundles.write_manifest(made, {**source.manifest, **changes, "engines": []})
-    graph = _size(alone / "unet")
     try:
-        built = builder.build(bundles.read(alone), [TARGET], progress=False)
-        (entry,) = built.manifest["engines"]
-        return {"target": TARGET, "precision": entry["precision"], "bytes": entry["bytes"], "graph_bytes": graph}
+        _denoiser(folder, kind, alone)
+        gc.collect()
+        file = alone / "model.onnx"
+        job = Job(file, file.name, ((1, 2, 2),))
+        built = Builder(library.find(), job).build(TARGET, Options(), lambda _: None)
+        precision = buildable.precision(onnx_ir.load(file))
+        size = memoryview(built.engine).nbytes
+        return {"target": TARGET, "precision": precision, "bytes": size, "graph_bytes": _size(alone)}
     finally:
         shutil.rmtree(alone, ignore_errors=True)
 
