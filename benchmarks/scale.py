@@ -2,11 +2,11 @@
 
     python -m diffpress.benchmarks.scale --model sd15 --json benchmarks/results/scale.json
 
-`create` writes the pipeline; `compress` calibrates it with 8 prompts at 4 steps, quantizes to INT8, caches every other
-step and exports, each graph compared with torch on the way; `parity` runs one call of the shipped denoiser on a backend
-against torch; `engines` builds for one target. `--sizes` adds engines of the denoiser alone in FP16, INT8 and INT4, for
-their bytes. Every stage is a process of its own, so that its peak is its own, and is not repeated once it is done: a
-broken run goes on. Rows of other models stay in the file.
+`create` writes the pipeline; `compress` calibrates it with 8 prompts (`--prompts`) at 4 steps, quantizes to INT8,
+caches every other step and exports, each graph compared with torch on the way; `parity` runs one call of the shipped
+denoiser on a backend against torch; `engines` builds for one target. `--sizes` adds engines of the denoiser alone in
+FP16, INT8 and INT4, for their bytes. Every stage is a process of its own, so that its peak is its own, and is not
+repeated once it is done: a broken run goes on. Rows of other models stay in the file.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ FORMATS = ("fp16", "int8", "int4")
 Found = dict[str, Any]
 
 
-def recipe(file: Path, passes: Sequence[Any]) -> str:
+def recipe(file: Path, passes: Sequence[Any], prompts: int = PROMPTS) -> str:
     """Write a recipe; its path."""
-    calibration = {"prompts": PROMPTS, "steps": STEPS}
+    calibration = {"prompts": prompts, "steps": STEPS}
     file.write_text(json.dumps({"steps": STEPS, "calibration": calibration, "passes": list(passes)}), "utf-8")
     return str(file)
 
@@ -63,8 +63,12 @@ def compress(folder: Path, name: str, options: Mapping[str, Any]) -> Found:
 
     shutil.rmtree(folder / "bundle", ignore_errors=True)
     passes = [{"quantize": {"format": "int8"}}, {"cache": {"interval": INTERVAL}}]
-    made = api.compress(str(folder / "model"), recipe(folder / "int8.yaml", passes), folder / "bundle", quiet=True)
+    chosen = recipe(folder / "int8.yaml", passes, options["prompts"])
+    made = api.compress(str(folder / "model"), chosen, folder / "bundle", quiet=True)
     return {
+        "prompts": options["prompts"],
+        "steps": STEPS,
+        "cache_interval": INTERVAL,
         "passes": made.manifest["passes"],
         "bytes": _size(folder / "bundle"),
         "denoiser_bytes": made.manifest["sizes"]["denoiser_compressed"],
@@ -133,24 +137,23 @@ def engine(folder: Path, name: str, options: Mapping[str, Any], kind: str = "fp1
 
     FP16 is the plain network in half precision. INT8 and INT4 are as they ship: what is not quantized is FP32.
     """
-    from diffpress import bundle as bundles
-    from diffpress.export import engines as builder
+    import onnx_ir
 
-    alone, source = folder / f"engine-{kind}", bundles.read(folder / "bundle")
+    from diffpress.engines import library
+    from diffpress.engines.builder import Builder, Job, Options
+    from diffpress.export import buildable
+
+    alone = folder / f"engine-{kind}"
     shutil.rmtree(alone, ignore_errors=True)
-    with bundles.create(alone) as made:
-        _denoiser(folder, kind, made / "unet")
-        gc.collect()
-        shutil.copytree(source.path / "plan", made / "plan")
-        program = {"steps": ["full"] * len(source.manifest["program"]["steps"]),
-                   "variants": {"full": {"reads": [], "writes": []}}}  # fmt: skip
-        changes = {"graphs": {"full": "unet/model.onnx"}, "program": program, "dialects": {}, "features": {}}
-        bundles.write_manifest(made, {**source.manifest, **changes, "engines": []})
-    graph = _size(alone / "unet")
     try:
-        built = builder.build(bundles.read(alone), [TARGET], progress=False)
-        (entry,) = built.manifest["engines"]
-        return {"target": TARGET, "precision": entry["precision"], "bytes": entry["bytes"], "graph_bytes": graph}
+        _denoiser(folder, kind, alone)
+        gc.collect()
+        file = alone / "model.onnx"
+        job = Job(file, file.name, ((1, 2, 2),))
+        built = Builder(library.find(), job).build(TARGET, Options(), lambda _: None)
+        precision = buildable.precision(onnx_ir.load(file))
+        size = memoryview(built.engine).nbytes
+        return {"target": TARGET, "precision": precision, "bytes": size, "graph_bytes": _size(alone)}
     finally:
         shutil.rmtree(alone, ignore_errors=True)
 
@@ -179,7 +182,8 @@ def _denoiser(folder: Path, kind: str, place: Path) -> None:
         return
     unet = work.pipeline.unet
     with torch.no_grad(), graphs.plain_attention(unet):
-        (spec,) = ship.denoiser_specs(unet.half(), work.plan(), *ship.sizes(work.pipeline, work.sampling)).values()
+        (spec,) = ship.denoiser_specs(unet, work.plan(), *ship.sizes(work.pipeline, work.sampling)).values()
+        unet.half()
         halved = {key: value if key in spec.fixed else value.half() for key, value in spec.inputs.items()}
         model = graphs.to_onnx(graphs.GraphSpec(spec.module, halved, spec.outputs, spec.fixed))
         graphs.finish(model)
@@ -242,7 +246,6 @@ def written(file: Path, rows: Sequence[Found], options: Mapping[str, Any]) -> Fo
     document = {
         "machine": machine.machine(),
         "versions": machine.versions(),
-        "calibration": {"prompts": PROMPTS, "steps": STEPS, "cache_interval": INTERVAL},
         **{key: value for key, value in options.items() if value not in (None, 1)},
         "rows": [*kept, *rows],
     }
@@ -257,6 +260,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=("sd15", "sd21", "sdxl"), default=[])
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="those to have run at the end")
     parser.add_argument("--sizes", action="store_true", help="build the denoiser in FP16, INT8 and INT4, too")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="that calibrate; larger models take long on a CPU")
     parser.add_argument("--work", type=Path, default=Path("runs/scale"), help="models and bundles live here")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--divide", type=int, default=1, help="widths of the networks, to try things out")
@@ -269,11 +273,12 @@ def main() -> None:
     if not options.model or options.json is None:
         parser.error("give --model and --json")
     size = {"divide": options.divide, "pixels": options.pixels}
+    asked = {**size, "prompts": options.prompts}
     stages = [*(stage for stage in STAGES if stage in options.stage)]
     stages += [f"engine {kind}" for kind in FORMATS] if options.sizes else []
     for name in options.model:
         for stage in stages:
-            written(options.json, [row(options.work / name, name, stage, size)], size)
+            written(options.json, [row(options.work / name, name, stage, asked)], size)
 
 
 if __name__ == "__main__":

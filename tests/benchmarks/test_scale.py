@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_networks_have_the_parameters_of_the_published_ones(name: str) -> None:
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def small(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     folder = tmp_path_factory.mktemp(request.param)
-    found = scale.create(folder, request.param, {"divide": 10, "pixels": 64})
+    found = scale.create(folder, request.param, {"divide": 10, "pixels": 64, "prompts": 2})
     return request.param, folder, found
 
 
@@ -79,11 +80,11 @@ def test_weights_are_random_but_tame(small: tuple[str, Path, Any]) -> None:
 
 
 def test_stages_are_run_once_and_rows_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, options = tmp_path / "work" / "sd15", {"divide": 10, "pixels": 64}
+    work, options = tmp_path / "work" / "sd15", {"divide": 10, "pixels": 64, "prompts": 2}
     first = scale.row(work, "sd15", "create", options)
     assert first["model"] == "sd15" and first["stage"] == "create"
     assert first["seconds"] > 0 and first["peak_rss_bytes"] > 1 << 27
-    monkeypatch.setattr(scale.subprocess, "run", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(scale, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     assert scale.row(work, "sd15", "create", options) == first
     file = tmp_path / "scale.json"
     scale.written(file, [first, {"model": "sdxl", "stage": "create", "seconds": 1.0}], options)

@@ -94,14 +94,14 @@ def test_pictures_without_guidance_and_their_pixels(made: Any, tiny_xl: Path) ->
 
 @pytest.mark.parametrize("negative", [None, "a moon"])
 def test_a_diffusers_pipeline_around_the_bundle_draws_the_same(made: Any, tiny_xl: Path, negative: str | None) -> None:
-    pipeline = diffpress.load_pipeline(made("plain"), "onnxruntime", "fp32")
+    pipeline = diffpress.load_pipeline(made("plain").path, "onnxruntime", "fp32")
     assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
     assert error(drawn(pipeline, negative), drawn(load_pipeline(str(tiny_xl)), negative)) < 1e-4
     assert error(drawn(pipeline, scale=1.0), drawn(load_pipeline(str(tiny_xl)), scale=1.0)) < 1e-4
 
 
 def test_a_diffusers_pipeline_around_the_bundle_runs_its_step_program(made: Any) -> None:
-    pipeline = diffpress.load_pipeline(made("cached"), "onnxruntime", "fp32")
+    pipeline = diffpress.load_pipeline(made("cached").path, "onnxruntime", "fp32")
     runtime = Pipeline.load(made("cached"), "onnxruntime", "fp32")
     wanted = runtime(PROMPTS, SEEDS, keep_latents=True).latents[-1]
     assert {*runtime.denoiser.program.steps} > {"full"} and error(drawn(pipeline), wanted) < 1e-5
