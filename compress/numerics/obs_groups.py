@@ -128,7 +128,7 @@ def pick(best: list[int], wanted: int, count: int, removed: list[int], strata: T
     room = dict.fromkeys(labels, share)
     for group in removed:
         room[labels[group]] -= 1
-    picked = []
+    picked: list[int] = []
     for group in best:
         if len(picked) < wanted and room[labels[group]] > 0:
             room[labels[group]] -= 1

@@ -297,3 +297,10 @@ def test_what_cannot_be_is_refused() -> None:
             prune(weight, hessian, 4, 4)
     with pytest.raises(DiffpressError, match="wanda needs"):
         plain_unstructured(weight, None, 0.5, "wanda")
+
+
+def test_a_factor_wider_than_its_blocks() -> None:
+    hessian = correlated(600, tokens=700).double()
+    upper = inverse_factor(hessian).upper
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(600)
+    assert torch.allclose(upper.t() @ upper @ damped, torch.eye(600, dtype=torch.float64), atol=1e-8)
