@@ -176,6 +176,7 @@ def blocks_of(hessian: Blocks, columns: int) -> list[Tensor]:
     return blocks
 
 
+@torch.no_grad()
 def _by_block(weight: Tensor, hessian: Blocks, solve: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
     """`solve(part, block, first column)` for each block of the Hessian's diagonal and its columns of the weight."""
     blocks = blocks_of(hessian, weight.shape[1])
@@ -264,6 +265,7 @@ def _refined(
     return (given - change).masked_fill_(gone, 0)
 
 
+@torch.no_grad()
 def reconstruction_error(weight: Tensor, pruned: Tensor, hessian: Blocks) -> float:
     """tr((W - W') H (W - W')^T) / tr(W H W^T): the squared error of the layer's output, relative; both [out, in].
 

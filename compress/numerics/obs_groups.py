@@ -34,6 +34,7 @@ def prune_columns(
     return prune_groups(weight, hessian, 1, count, batch, damping, strata=strata)
 
 
+@torch.no_grad()
 def prune_groups(
     weight: Tensor,
     hessian: Tensor,

@@ -38,6 +38,7 @@ def saliency(weight: Tensor, hessian: Blocks | None, criterion: Criterion) -> Te
     return magnitudes * diagonal.to(magnitudes).sqrt()
 
 
+@torch.no_grad()
 def plain_unstructured(weight: Tensor, hessian: Blocks | None, ratio: float, criterion: Criterion) -> Tensor:
     """`weight` with exactly floor(ratio * out * in + 1/2) of it zero (or more, if more were).
 
@@ -53,6 +54,7 @@ def plain_unstructured(weight: Tensor, hessian: Blocks | None, ratio: float, cri
     return weight.masked_fill(rank < ends.diff()[:, None], 0)
 
 
+@torch.no_grad()
 def plain_nm(
     weight: Tensor, hessian: Blocks | None, n_zero: int, m: int, criterion: Criterion, kernel: int = 1
 ) -> Tensor:
@@ -64,6 +66,7 @@ def plain_nm(
     return weight.masked_fill(gone[:, order.argsort()], 0)
 
 
+@torch.no_grad()
 def plain_groups(
     weight: Tensor,
     hessian: Blocks | None,

@@ -276,9 +276,10 @@ def test_the_error_is_that_of_the_outputs() -> None:
 
 
 def test_half_precision_comes_back_as_it_came() -> None:
-    weight = drawn(OUT, IN).half()
+    weight = drawn(OUT, IN).half().requires_grad_()
     pruned = prune_nm(weight, correlated(), 2, 4)
     assert pruned.dtype == torch.float16
+    assert not pruned.requires_grad
     assert zeros(pruned) == weight.numel() // 2
 
 

@@ -98,9 +98,10 @@ def test_groups_that_are_zero_go_first_and_change_nothing() -> None:
 
 
 def test_dead_inputs_go_first() -> None:
-    weight, hessian = drawn(OUT, IN), correlated()
+    weight, hessian = drawn(OUT, IN).requires_grad_(), correlated()
     hessian[7, :] = hessian[:, 7] = 0
     cut = prune_columns(weight, hessian, 1)
+    assert not cut.weight.requires_grad
     assert cut.removed.tolist() == [7]
     assert torch.equal(cut.weight, weight.index_fill(1, torch.tensor([7]), 0))
 
