@@ -148,7 +148,7 @@ def observe_inputs(
             x = x * factors[name].to(x).reshape([-1 if dim == axis else 1 for dim in range(x.ndim)])
         histograms[name][group_of(call)].update(x)
 
-    _replay(run, layers, progress(calls, "observing activations"), take)
+    replay(run, layers, progress(calls, "observing activations"), take)
     return histograms
 
 
@@ -165,8 +165,8 @@ def observe_channels(
     Raises `DiffpressError` for inputs that are not finite and for layers that no call reaches.
     """
     ranges = {name: ChannelRanges() for name in layers}
-    seen = _replay(run, layers, progress(calls, "observing channels"), lambda name, x, _: ranges[name].update(x))
-    _require_all(layers, seen)
+    seen = replay(run, layers, progress(calls, "observing channels"), lambda name, x, _: ranges[name].update(x))
+    require_all(layers, seen)
     return ranges
 
 
@@ -194,7 +194,7 @@ def sample_inputs(
             reservoirs[name] = Reservoir(max(1, min(count, limit // size)), seed)
         reservoirs[name].offer(items, lambda indices: pick(indices).float().cpu())
 
-    _require_all(layers, _replay(run, layers, progress(calls, "sampling activations"), take))
+    require_all(layers, replay(run, layers, progress(calls, "sampling activations"), take))
     return {name: reservoirs[name].items for name in layers}
 
 
@@ -209,9 +209,7 @@ def _crops(layer: Any, x: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
 
     A crop starts where a window of the convolution does.
     """
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    # torch's own reading of `padding`, which may be a word, in the order that `pad` wants.
-    image = pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    image = padded(layer, x)
     sides, places = [], []
     for axis in (0, 1):
         kernel = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
@@ -232,8 +230,15 @@ def _crops(layer: Any, x: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
     return len(image) * places[0] * places[1], pick
 
 
+def padded(layer: Any, x: Tensor) -> Tensor:
+    """The input x [N, in, H, W] of a convolution with its padding."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    # torch's own reading of `padding`, which may be a word, in the order that `pad` wants.
+    return pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
 @torch.no_grad()
-def _replay(
+def replay(
     run: Run, layers: Mapping[str, nn.Module], calls: Iterable[Call], take: Callable[[str, Tensor, Call], None]
 ) -> set[str]:
     """Run every call and hand each layer's input to `take(name, input, call)`; the layers that were reached."""
@@ -264,7 +269,8 @@ def _replay(
     return reached
 
 
-def _require_all(layers: Mapping[str, nn.Module], reached: set[str]) -> None:
+def require_all(layers: Mapping[str, nn.Module], reached: set[str]) -> None:
+    """Raises `DiffpressError` for layers that no call has reached."""
     missing = [name for name in layers if name not in reached]
     if missing:
         raise DiffpressError(
