@@ -131,8 +131,8 @@ def _check_finite(pipeline: Any, model: str) -> None:
 def load_pipeline(model: str, loras: Sequence[Lora] = ()) -> Any:
     """The pipeline in float32 on the CPU, in evaluation mode, without safety checker and progress bar; LoRAs fused.
 
-    A folder that `structure.save` wrote of a U-Net with parts cut out opens as it was. Raises `DiffpressError` when it is
-    missing, broken or of a class that is not supported yet, or a LoRA does not fit.
+    A folder that `structure.save` wrote of a U-Net with parts cut out opens as it was. Raises `DiffpressError` when it
+    is missing, broken or of a class that is not supported yet, or a LoRA does not fit.
     """
     import diffusers
 

@@ -35,9 +35,7 @@ def whole(unet: Any) -> Any:
 def widths(unet: Any) -> dict[str, int]:
     """Module path to how many parts are left, of what was cut; nothing for a whole U-Net."""
     before = parts(whole(unet))
-    return {
-        path: now.count for path, now in parts(unet).items() if path in before and now.count != before[path].count
-    }
+    return {path: now.count for path, now in parts(unet).items() if path in before and now.count != before[path].count}
 
 
 def rebuild(unet: nn.Module, record: Mapping[str, int]) -> None:
@@ -67,7 +65,9 @@ def save(pipeline: Any, folder: str | Path) -> Path:
         raise DiffpressError("this U-Net has modules that no diffusers folder can hold: save before temporal-table")
     scheduler = type(pipeline.scheduler)
     if not scheduler.__module__.startswith("diffusers."):
-        raise DiffpressError(f"{scheduler.__name__} plays a table here, which no diffusers folder can hold: save before")
+        raise DiffpressError(
+            f"{scheduler.__name__} plays a table here, which no diffusers folder can hold: save before"
+        )
     with bundle.create(target) as partial:
         pipeline.save_pretrained(str(partial), safe_serialization=True)
         if record:
@@ -106,7 +106,9 @@ def read(file: Path) -> dict[str, int]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DiffpressError(f"{file} cannot be read ({reason}): save the model again") from error
     if version != FORMAT:
-        raise DiffpressError(f"{file} has format {version!r}, this diffpress reads format {FORMAT}: save the model again")
+        raise DiffpressError(
+            f"{file} has format {version!r}, this diffpress reads format {FORMAT}: save the model again"
+        )
     if not isinstance(found, dict) or not all(type(count) is int for count in found.values()):
         raise DiffpressError(f"{file} does not say how many parts are left of each module: save the model again")
     return found

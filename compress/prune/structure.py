@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffpress.calibration import parts as cutting
 from diffpress.calibration.parts import CHANNELS, HEADS, NEURONS, Parts
-from diffpress.calibration.structure import rebuild, widths, whole
+from diffpress.calibration.structure import rebuild, whole, widths
 from diffpress.compress.families.unet import conditions, units
 from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.work import Work
@@ -80,7 +80,9 @@ def structures(unet: Any, multiple: int = MULTIPLE) -> dict[str, Structure]:
     if blocked is not None:
         raise DiffpressError(f"nothing can be cut at '{blocked.path}': {blocked.blocked}")
     order = {path: index for index, path in enumerate(units(unet))}
-    ordered = sorted(known.values(), key=lambda found: order.get(found.path.split(".transformer_blocks.")[0], len(order)))
+    ordered = sorted(
+        known.values(), key=lambda found: order.get(found.path.split(".transformer_blocks.")[0], len(order))
+    )
     return {found.path: _structure(unet, found, multiple) for found in ordered if found.count > 1}
 
 
@@ -172,7 +174,9 @@ def _columns(unet: nn.Module, found: Parts) -> int:
 
 def _row(module: Any) -> int:
     """Parameters of one output."""
-    return sum(module.get_parameter(name)[0].numel() for name in ("weight", "bias") if getattr(module, name) is not None)
+    return sum(
+        module.get_parameter(name)[0].numel() for name in ("weight", "bias") if getattr(module, name) is not None
+    )
 
 
 def _weight(unet: nn.Module, path: str) -> Tensor:

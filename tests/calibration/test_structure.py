@@ -112,7 +112,7 @@ def test_sdxl_opens_as_it_was_saved(tiny_xl: Path, tmp_path: Path) -> None:
 def test_a_reader_that_does_not_know_the_record_refuses_the_weights(saved: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    with pytest.raises(Exception, match="(?i)shape|size"):
+    with pytest.raises(Exception, match=r"(?i)shape|size"):
         StableDiffusionPipeline.from_pretrained(str(saved), safety_checker=None)
 
 

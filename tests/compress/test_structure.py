@@ -84,7 +84,7 @@ def some(structure: Structure, seed: int = 0) -> list[int]:
 
 @torch.no_grad()
 def silence(unet: Any, structure: Structure, kept: list[int]) -> None:
-    """Zero in the reader what the parts that go are multiplied with, and what the others are with one."""
+    """Zero in the reader what the parts that go are multiplied with."""
     gone = [part for part in range(structure.count) if part not in kept]
     flat = unet.get_submodule(structure.reader).weight.view(-1, structure.columns.numel())
     flat[:, structure.columns[gone].flatten()] = 0
@@ -250,7 +250,8 @@ def test_pruning_comes_before_what_depends_on_widths(unet: Any, tmp_path: Path) 
     from diffusers import DDIMScheduler
 
     sampling = tabulate_schedule(DDIMScheduler(), 3, 3.0, 32, 32)
-    work = Work(SimpleNamespace(unet=unet), sampling, 0, lambda _: pytest.fail("asked"), lambda items, _: items, tmp_path)  # type: ignore[arg-type,return-value]
+    pipeline = SimpleNamespace(unet=unet)
+    work = Work(pipeline, sampling, 0, lambda _: pytest.fail("asked"), lambda items, _: items, tmp_path)
     check_order(work, "prune-structured")
     work.temporal = TemporalTable((1.0,), {})
     with pytest.raises(DiffpressError, match="put prune-structured before temporal-table"):

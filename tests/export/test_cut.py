@@ -13,9 +13,9 @@ import diffpress
 from diffpress import api
 from diffpress.bundle import Bundle
 from diffpress.calibration.model import load_pipeline
+from diffpress.calibration.structure import save
 from diffpress.compress.prune.structure import cut, structures
 from diffpress.export import flops
-from diffpress.calibration.structure import save
 from diffpress.runtime.pipeline import Pipeline
 
 STEPS = 6
