@@ -210,7 +210,8 @@ def test_operations_are_those_that_torch_counts(networks: Mapping[str, Any], nam
     cut(unet, kept)
     gone = sum(each[path] * (found[path].count - len(numbers)) for path, numbers in kept.items())
     assert counted(unet) == before - gone
-    assert {path: flops(unet, 8, 8, 5)[path] for path in kept} == {path: each[path] for path in kept}
+    again = flops(unet, 8, 8, 5)
+    assert all(again[path] == each[path] for path in kept)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_what_cannot_be_cut_is_named(unet: Any) -> None:
     assert not unsupported(unet)
     unet.get_submodule(SELF).fuse_projections()
     unet.get_submodule(RESNET).norm2 = torch.nn.Identity()
-    assert list(unsupported(unet)) == [RESNET, SELF]
+    assert set(unsupported(unet)) == {RESNET, SELF}
     assert SELF not in structures(unet) and RESNET not in structures(unet)
     with pytest.raises(DiffpressError, match=f"nothing can be cut at '{SELF}': its projections"):
         cut(unet, {SELF: [0]})
@@ -249,7 +250,7 @@ def test_pruning_comes_before_what_depends_on_widths(unet: Any, tmp_path: Path) 
 
     from diffusers import DDIMScheduler
 
-    sampling = tabulate_schedule(DDIMScheduler(), 3, 3.0, 32, 32)
+    sampling = tabulate_schedule(DDIMScheduler(clip_sample=False), 3, 3.0, 32, 32)
     pipeline = SimpleNamespace(unet=unet)
     work = Work(pipeline, sampling, 0, lambda _: pytest.fail("asked"), lambda items, _: items, tmp_path)
     check_order(work, "prune-structured")
@@ -257,7 +258,7 @@ def test_pruning_comes_before_what_depends_on_widths(unet: Any, tmp_path: Path) 
     with pytest.raises(DiffpressError, match="put prune-structured before temporal-table"):
         check_order(work, "prune-structured")
     scale = torch.ones(1).numpy()
-    work = replace(work, temporal=None, quantization={RESNET: LayerQuant(scale, None)})
+    work = replace(work, temporal=None, quantization={RESNET: LayerQuant(scale, scale)})
     with pytest.raises(DiffpressError, match="1 layers are quantized already"):
         check_order(work, "prune-structured")
     install(unet, tabulate(unet, sampling.timesteps))
