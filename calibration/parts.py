@@ -7,9 +7,10 @@ Section 3: such layers are one group).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from diffpress.errors import DiffpressError
 
 HEADS, NEURONS, CHANNELS = "heads", "neurons", "channels"
+NormGroups = Literal["whole", "even"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,14 @@ class Parts:
     """The `count` parts of the module at `path`, each of `size` rows of every writer and inputs of the reader.
 
     `kind` is "heads" of an attention, "neurons" of a feed-forward network (size 1) or "channels" between the two
-    convolutions of a ResBlock. Of these the part is a whole group of the norm between them: those that stay keep their
-    mean and variance then, so that they stay exactly as they were. The same number of channels out of every group would
-    leave finer steps, but change what all others in the group are divided by.
+    convolutions of a ResBlock, where a norm stands that needs groups of one size. There are two ways to keep that:
+
+    whole  a part is a whole norm group. Channels that stay keep their mean and variance, so they stay exactly as they
+           were. Widths are multiples of a group's channels, often an odd number: 3, 6, 10.
+    even   a part is a channel, and as many leave every norm group. Widths are multiples of the number of groups, 16 or
+           32, as hardware wants them, but channels that stay are normalised without the others, by other numbers.
+
+    Parts stand in `blocks` runs of one length, and as many of each must stay; where there is one, any may.
     """
 
     kind: str
@@ -37,11 +44,20 @@ class Parts:
     writers: tuple[tuple[str, int], ...]  # path, and how often it has the parts: twice where a half gates the other
     norm: str | None = None
     blocked: str = ""  # why nothing can be cut here as the U-Net is now
+    blocks: int = 1
+    even: bool = False
 
 
-def parts(unet: nn.Module) -> dict[str, Parts]:
+def parts(unet: nn.Module, norm_groups: NormGroups = "whole") -> dict[str, Parts]:
     """Module path to its parts, of every module that has some."""
-    return {path: found for path, found in _scan(unet).items() if isinstance(found, Parts)}
+    found = {path: found for path, found in _scan(unet).items() if isinstance(found, Parts)}
+    return found if norm_groups == "whole" else {path: _evenly(one) for path, one in found.items()}
+
+
+def _evenly(found: Parts) -> Parts:
+    if found.norm is None:
+        return found
+    return replace(found, count=found.count * found.size, size=1, blocks=found.count, even=True)
 
 
 def unsupported(unet: nn.Module) -> dict[str, str]:
@@ -50,13 +66,13 @@ def unsupported(unet: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def keep(unet: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+def keep(unet: nn.Module, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = "whole") -> None:
     """Leave of the modules named the parts `kept`, in place; all others stay whole.
 
     Raises `DiffpressError`, with nothing changed, for a module without parts, and for numbers that are none of its
-    parts, stand there twice, or leave nothing.
+    parts, stand there twice, leave nothing, or leave unequal norm groups.
     """
-    known = parts(unet)
+    known = parts(unet, norm_groups)
     for path, numbers in kept.items():
         if path not in known:
             reason = unsupported(unet).get(path)
@@ -75,9 +91,17 @@ def _check(given: Parts, numbers: Sequence[int]) -> None:
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < given.count:
             raise DiffpressError(f"{given.path} has {given.kind} 0 to {given.count - 1}, and no {number}")
-    twice = next((number for number in numbers if numbers.count(number) > 1), None)
-    if twice is not None:
+    if len(set(numbers)) < len(numbers):
+        twice = next(number for number in numbers if numbers.count(number) > 1)
         raise DiffpressError(f"{given.path}: {given.kind} {twice} is to be kept twice")
+    length = given.count // given.blocks
+    left = Counter(number // length for number in numbers)
+    if given.blocks > 1 and (len(left) < given.blocks or len(set(left.values())) > 1):
+        most, fewest = max(left.values()), min(left[block] for block in range(given.blocks))
+        raise DiffpressError(
+            f"{given.path}: {fewest} {given.kind} would be left of one norm group and {most} of another, keep as many "
+            f"of each of its {given.blocks}"
+        )
 
 
 def _cut(unet: nn.Module, given: Parts, numbers: list[int]) -> None:
@@ -89,7 +113,7 @@ def _cut(unet: nn.Module, given: Parts, numbers: list[int]) -> None:
         _keep_rows(unet.get_submodule(path), torch.cat([index + width * half for half in range(times)]))
     if given.norm is not None:
         norm: Any = unet.get_submodule(given.norm)
-        norm.num_groups = len(numbers)
+        norm.num_groups = given.blocks if given.even else len(numbers)
         _keep_rows(norm, index)
     reader.weight = _taken(reader.weight, 1, index)
     _name_width(reader, "in", len(index))

@@ -1,14 +1,15 @@
 """What was cut out of a U-Net, as data: a record beside its weights, from which the narrower network is made again.
 
-`unet/diffpress_structure.json` is {"format": 1, "parts": {module path: how many parts are left}}, only of what was cut.
-The configuration stays that of the whole network, so a reader that does not know the record refuses the weights' shapes
-rather than draw something else.
+`unet/diffpress_structure.json` is {"format": 1, "parts": {module path: [how many parts are left, their size]}}, only of
+what was cut; parts are heads, neurons, and the norm groups of a ResBlock's channels. The configuration stays that of
+the whole network, so a reader that does not know the record refuses the weights' shapes rather than draw something
+else.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,35 @@ def whole(unet: Any) -> Any:
         return type(unet).from_config(unet.config)
 
 
-def widths(unet: Any) -> dict[str, int]:
-    """Module path to how many parts are left, of what was cut; nothing for a whole U-Net."""
-    before = parts(whole(unet))
-    return {path: now.count for path, now in parts(unet).items() if path in before and now.count != before[path].count}
+def widths(unet: Any) -> dict[str, list[int]]:
+    """Module path to [how many parts are left, their size], of what was cut; nothing for a whole U-Net."""
+    before = {path: [found.count, found.size] for path, found in parts(whole(unet)).items()}
+    now = {path: [found.count, found.size] for path, found in parts(unet).items()}
+    return {path: left for path, left in now.items() if path in before and left != before[path]}
 
 
-def rebuild(unet: nn.Module, record: Mapping[str, int]) -> None:
+def rebuild(unet: nn.Module, record: Mapping[str, Sequence[int]]) -> None:
     """Give a whole U-Net the shapes that `record` says, in place; its weights are for a state dict to bring.
 
     Raises `DiffpressError`, with nothing changed, for a record that is of another network.
     """
     known = parts(unet)
-    for path, count in record.items():
+    for path, (count, size) in record.items():
         if path not in known:
             raise DiffpressError(f"the record of what was cut names '{path}', where this U-Net has nothing to cut")
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= known[path].count:
-            kind, most = known[path].kind, known[path].count
-            raise DiffpressError(f"the record of what was cut leaves {count!r} of the {most} {kind} of '{path}'")
-    keep(unet, {path: range(count) for path, count in record.items()})
+        most, wide, least = known[path].count, known[path].size, 1 if known[path].norm else known[path].size
+        if not (1 <= count <= most and least <= size <= wide):
+            raise DiffpressError(
+                f"the record of what was cut leaves {count} parts of {size} to '{path}', which has {most} of {wide}"
+            )
+    keep(unet, {path: range(count) for path, (count, _) in record.items()})
+    even = {path: found for path, found in parts(unet, "even").items() if path in record and found.even}
+    length = {path: found.count // found.blocks for path, found in even.items()}
+    chosen = {
+        path: [number for number in range(found.count) if number % length[path] < record[path][1]]
+        for path, found in even.items()
+    }
+    keep(unet, chosen, "even")
 
 
 def save(pipeline: Any, folder: str | Path) -> Path:
@@ -97,8 +108,8 @@ def load(folder: Path) -> Any:
     return unet.eval()
 
 
-def read(file: Path) -> dict[str, int]:
-    """The record of a file: module path to how many parts are left; raises `DiffpressError` for a damaged one."""
+def read(file: Path) -> dict[str, list[int]]:
+    """The record of a file, as `widths` gives it; raises `DiffpressError` for a damaged one."""
     try:
         document = json.loads(file.read_text("utf-8"))
         version, found = document["format"], document["parts"]
@@ -109,9 +120,13 @@ def read(file: Path) -> dict[str, int]:
         raise DiffpressError(
             f"{file} has format {version!r}, this diffpress reads format {FORMAT}: save the model again"
         )
-    if not isinstance(found, dict) or not all(type(count) is int for count in found.values()):
+    if not isinstance(found, dict) or not all(map(_is_pair, found.values())):
         raise DiffpressError(f"{file} does not say how many parts are left of each module: save the model again")
     return found
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -170,8 +170,8 @@ def units(unet: Any) -> dict[str, nn.Module]:
     return {paths[id(module)]: module for module in ordered if module is not None}
 
 
-def narrowed(unet: Any) -> dict[str, int]:
-    """Module path to how many parts are left, of what was cut out; nothing for a whole U-Net."""
+def narrowed(unet: Any) -> dict[str, list[int]]:
+    """Module path to [how many parts are left, their size], of what was cut; nothing for a whole U-Net."""
     return structure.widths(unet)
 
 

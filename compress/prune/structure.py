@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.calibration import parts as cutting
-from diffpress.calibration.parts import CHANNELS, HEADS, NEURONS, Parts
+from diffpress.calibration.parts import CHANNELS, HEADS, NEURONS, NormGroups, Parts
 from diffpress.calibration.structure import rebuild, whole, widths
 from diffpress.compress.families.unet import conditions, units
 from diffpress.compress.families.unet_graph import UNetGraph
@@ -30,6 +30,7 @@ __all__ = [
     "CHANNELS",
     "HEADS",
     "NEURONS",
+    "NormGroups",
     "Structure",
     "check_order",
     "cut",
@@ -46,7 +47,8 @@ class Structure:
     """The `count` parts of one module, each of `size` heads' columns, neurons or channels.
 
     `columns` int64 [parts, columns per part] indexes `weight.flatten(1)` of the module `reader`. Parts should leave
-    until a number in `counts` is left. `parameters` leave the denoiser with a part.
+    until a number in `counts` is left. They stand in `blocks` runs of one length, and as many of each must stay; where
+    there is one, any may. `parameters` leave the denoiser with a part.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Structure:
     columns: Tensor
     step: int
     parameters: int
+    blocks: int = 1
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -64,18 +67,19 @@ class Structure:
         return (*range(self.step, self.count, self.step), self.count)
 
 
-def structures(unet: Any, multiple: int = MULTIPLE) -> dict[str, Structure]:
+def structures(unet: Any, multiple: int = MULTIPLE, norm_groups: NormGroups = "whole") -> dict[str, Structure]:
     """Module path to structure in forward order, of everything with more than one part.
 
     A structure's widths are multiples of `multiple`. Where that leaves fewer than four widths to choose from, half of
-    it counts, and so on: 48 channels in 16 norm groups of 3 can be 12, 24, 36 or 48, and for 320 in 32 groups of 10
-    they are 80, 160, 240 or 320. Heads are whole, so a module of two has two widths whatever the multiple.
+    it counts, and so on: in whole norm groups 48 channels of 16 groups of 3 can be 12, 24, 36 or 48, and 320 of 32
+    groups of 10 can be 80, 160, 240 or 320. Evenly out of all groups (see `calibration.parts`) the first can be 16, 32
+    or 48, the second 32, 64 to 320. Heads are whole, so a module of two has two widths whatever the multiple.
 
     Raises `DiffpressError` where an earlier pass left nothing to cut, as a temporal table does.
     """
     if multiple < 1:
         raise DiffpressError(f"widths should be multiples of {multiple}: give a number from 1, such as {MULTIPLE}")
-    known = cutting.parts(unet)
+    known = cutting.parts(unet, norm_groups)
     blocked = next((found for found in known.values() if found.blocked), None)
     if blocked is not None:
         raise DiffpressError(f"nothing can be cut at '{blocked.path}': {blocked.blocked}")
@@ -91,13 +95,13 @@ def unsupported(unet: nn.Module) -> dict[str, str]:
     return cutting.unsupported(unet)
 
 
-def cut(unet: Any, kept: Mapping[str, Sequence[int]]) -> None:
+def cut(unet: Any, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = "whole") -> None:
     """Leave the parts `kept` of the structures named, in place, their weights as they are; others stay whole.
 
     Raises `DiffpressError`, with nothing changed, for a path that is no structure, and for numbers that are none of its
-    parts, stand there twice, or leave nothing.
+    parts, stand there twice, leave nothing, or leave unequal norm groups.
     """
-    cutting.keep(unet, kept)
+    cutting.keep(unet, kept, norm_groups)
 
 
 def check_order(work: Work, name: str) -> None:
@@ -111,7 +115,7 @@ def check_order(work: Work, name: str) -> None:
 
 
 @torch.no_grad()
-def flops(unet: Any, height: int, width: int, tokens: int) -> dict[str, int]:
+def flops(unet: Any, height: int, width: int, tokens: int, norm_groups: NormGroups = "whole") -> dict[str, int]:
     """Structure's path to the operations that leave with one part, in a call with one row of height x width latents.
 
     A multiplication and its addition are two, as in `export.flops`; an attention's two products count, too. Nothing is
@@ -119,7 +123,7 @@ def flops(unet: Any, height: int, width: int, tokens: int) -> dict[str, int]:
     """
     shadow = whole(unet)
     rebuild(shadow, widths(unet))
-    known = cutting.parts(shadow)
+    known = cutting.parts(shadow, norm_groups)
     layers = {path for found in known.values() for path in (found.reader, *(path for path, _ in found.writers))}
     positions: dict[str, int] = {}
 
@@ -147,24 +151,26 @@ def _flops(unet: nn.Module, found: Parts, positions: Mapping[str, int]) -> int:
 
 
 def _structure(unet: nn.Module, found: Parts, multiple: int) -> Structure:
-    each, step = _columns(unet, found), _step(found.count, found.size, multiple)
+    each, step = _columns(unet, found), _step(found, multiple)
     columns = torch.arange(found.count * each).unflatten(0, (found.count, each))
     parameters = each * _weight(unet, found.reader).shape[0]
     for path, times in found.writers:
         parameters += times * found.size * _row(unet.get_submodule(path))
     if found.norm is not None:
         parameters += found.size * _row(unet.get_submodule(found.norm))
-    return Structure(found.kind, found.path, found.count, found.size, found.reader, columns, step, parameters)
+    return Structure(
+        found.kind, found.path, found.count, found.size, found.reader, columns, step, parameters, found.blocks
+    )
 
 
-def _step(count: int, size: int, multiple: int) -> int:
+def _step(found: Parts, multiple: int) -> int:
     """The fewest parts whose width is a multiple of `multiple`, or of the largest of its halves that leaves choices."""
     while multiple > 1:
-        step = math.lcm(size, multiple) // size
-        if step == 1 or count // step >= CHOICES:
+        step = math.lcm(found.size * found.blocks, multiple) // found.size
+        if step == found.blocks or found.count // step >= CHOICES:
             return step
         multiple //= 2
-    return 1
+    return found.blocks
 
 
 def _columns(unet: nn.Module, found: Parts) -> int:

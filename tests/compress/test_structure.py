@@ -106,7 +106,7 @@ def test_parts_that_nothing_reads_leave_without_a_trace(networks: Mapping[str, A
     assert error(output(narrow), wanted) < 1e-5
     gone = sum(found.parameters * (found.count - len(kept[path])) for path, found in chosen.items())
     assert sum(parameter.numel() for parameter in narrow.parameters()) == before - gone > 0
-    assert widths(narrow) == {path: len(numbers) for path, numbers in kept.items()}
+    assert widths(narrow) == {path: [len(numbers), chosen[path].size] for path, numbers in kept.items()}
 
 
 def test_as_many_parameters_leave_as_a_hand_counts(unet: Any) -> None:
@@ -167,8 +167,36 @@ def test_widths_are_multiples_where_there_is_room() -> None:
     assert [size * 8 for size in found["mid_block.resnets.0"].counts] == list(range(16, 129, 16))
     assert SELF not in found  # one head
     assert found[head.format(1)].counts == (1, 2)
+    even = structures(large, norm_groups="even"), structures(small, norm_groups="even")
+    assert even[0][RESNET].counts == tuple(range(32, 321, 32)) and even[1][RESNET].counts == (16, 32, 48)
+    assert structures(large, 64, "even")[RESNET].counts == (64, 128, 192, 256, 320)
     with pytest.raises(DiffpressError, match="multiples of 0"):
         structures(small, multiple=0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "scale-shift"])
+def test_channels_leave_evenly_out_of_every_norm_group(networks: Mapping[str, Any], name: str) -> None:
+    whole, narrow = networks[name], copy.deepcopy(networks[name])
+    chosen = {path: found for path, found in structures(narrow, 8, "even").items() if found.kind == CHANNELS}
+    assert chosen[RESNET].counts == (8, 16, 24, 32) and chosen[RESNET].blocks == 8
+    weight = whole.get_submodule(chosen[RESNET].reader).weight
+    assert torch.equal(weight.flatten(1)[:, chosen[RESNET].columns[5]], weight[:, 5].flatten(1))
+    # Two of four channels are the others' copies, so that a group without them has the same statistics.
+    kept = {path: [part for part in range(found.count) if part % 4 in (0, 3)] for path, found in chosen.items()}
+    for path, found in chosen.items():
+        silence(narrow, found, kept[path])
+        for layer in ("conv1", "norm2", "time_emb_proj"):
+            for entry in narrow.get_submodule(f"{path}.{layer}").parameters():
+                fours = entry.unflatten(0, (-1, 4))
+                fours[:, 1], fours[:, 2] = fours[:, 0], fours[:, 3]
+    wanted = output(narrow)
+    assert error(wanted, output(whole)) > 1e-3
+    cut(narrow, kept, "even")
+    assert error(output(narrow), wanted) < 1e-5
+    assert widths(narrow)[RESNET] == [8, 2]
+    for wrong, message in (([0, 1, 2], "0 channels would be left of one"), (range(31), "3 channels would be left of")):
+        with pytest.raises(DiffpressError, match=message):
+            cut(copy.deepcopy(whole), {RESNET: wrong}, "even")
 
 
 def test_what_others_ask_a_network_is_as_before(unet: Any) -> None:
@@ -189,7 +217,7 @@ def test_a_network_is_cut_twice_as_once(networks: Mapping[str, Any]) -> None:
     cut(twice, {FF: [99, 3, 50, 17], RESNET: [2, 4, 6]})
     cut(twice, {FF: [0, 1, 3], RESNET: [0, 2], SELF: [0, 1]})
     assert torch.equal(output(once), output(twice))
-    assert widths(once) == widths(twice) == {FF: 3, RESNET: 2}
+    assert widths(once) == widths(twice) == {FF: [3, 1], RESNET: [2, 4]}
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -233,6 +261,17 @@ def test_bad_choices_are_refused_and_change_nothing(unet: Any, kept: dict[str, A
         cut(unet, {CROSS: [0], **kept})
     assert "\n" not in str(caught.value)
     assert {name: tensor.shape for name, tensor in unet.state_dict().items()} == before
+
+
+def test_one_norm_group_stays_one(networks: Mapping[str, Any]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    config = {**networks["sd15"].config, "norm_num_groups": 1}
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(config)
+    assert RESNET not in structures(unet) and structures(unet, norm_groups="even")[RESNET].count == 32
+    cut(unet, {RESNET: range(16)}, "even")
+    assert (unet.get_submodule(RESNET).norm2.num_groups, widths(unet)) == (1, {RESNET: [1, 16]})
 
 
 def test_what_cannot_be_cut_is_named(unet: Any) -> None:
