@@ -65,13 +65,8 @@ def unsupported(unet: nn.Module) -> dict[str, str]:
     return {path: found for path, found in _scan(unet).items() if isinstance(found, str)}
 
 
-@torch.no_grad()
-def keep(unet: nn.Module, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = "whole") -> None:
-    """Leave of the modules named the parts `kept`, in place; all others stay whole.
-
-    Raises `DiffpressError`, with nothing changed, for a module without parts, and for numbers that are none of its
-    parts, stand there twice, leave nothing, or leave unequal norm groups.
-    """
+def checked(unet: nn.Module, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = "whole") -> dict[str, Parts]:
+    """The parts of the modules that `kept` names; raises `DiffpressError` as `keep` does."""
     known = parts(unet, norm_groups)
     for path, numbers in kept.items():
         if path not in known:
@@ -80,9 +75,19 @@ def keep(unet: nn.Module, kept: Mapping[str, Sequence[int]], norm_groups: NormGr
         if known[path].blocked:
             raise DiffpressError(f"nothing can be cut at '{path}': {known[path].blocked}")
         _check(known[path], numbers)
-    for path, numbers in kept.items():
-        if len(numbers) < known[path].count:
-            _cut(unet, known[path], sorted(numbers))
+    return {path: known[path] for path in kept}
+
+
+@torch.no_grad()
+def keep(unet: nn.Module, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = "whole") -> None:
+    """Leave of the modules named the parts `kept`, in place; all others stay whole.
+
+    Raises `DiffpressError`, with nothing changed, for a module without parts, and for numbers that are none of its
+    parts, stand there twice, leave nothing, or leave unequal norm groups.
+    """
+    for path, given in checked(unet, kept, norm_groups).items():
+        if len(kept[path]) < given.count:
+            _cut(unet, given, sorted(kept[path]))
 
 
 def _check(given: Parts, numbers: Sequence[int]) -> None:
