@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.calibration import structure
 from diffpress.calibration.lora import Lora, fuse
 from diffpress.errors import DiffpressError
 
@@ -130,7 +131,8 @@ def _check_finite(pipeline: Any, model: str) -> None:
 def load_pipeline(model: str, loras: Sequence[Lora] = ()) -> Any:
     """The pipeline in float32 on the CPU, in evaluation mode, without safety checker and progress bar; LoRAs fused.
 
-    Raises `DiffpressError` when it is missing, broken or of a class that is not supported yet, or a LoRA does not fit.
+    A folder that `structure.save` wrote of a U-Net with parts cut out opens as it was. Raises `DiffpressError` when it
+    is missing, broken or of a class that is not supported yet, or a LoRA does not fit.
     """
     import diffusers
 
@@ -140,8 +142,11 @@ def load_pipeline(model: str, loras: Sequence[Lora] = ()) -> Any:
     try:
         name = diffusers.DiffusionPipeline.load_config(str(folder or model))["_class_name"]
         _check_class(name)
+        given = CLASSES[name]
+        if folder is not None and (folder / "unet" / structure.RECORD).exists():
+            given = {**given, "unet": structure.load(folder / "unet")}
         pipeline = getattr(diffusers, name).from_pretrained(
-            str(folder or model), dtype=torch.float32, feature_extractor=None, **CLASSES[name]
+            str(folder or model), dtype=torch.float32, feature_extractor=None, **given
         )
     except DiffpressError:
         raise

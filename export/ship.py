@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import diffpress
 from diffpress.bundle import CONTROLNET, DIALECT, denoiser_bytes
 from diffpress.compress.families import texts
-from diffpress.compress.families.unet import conditions
+from diffpress.compress.families.unet import conditions, narrowed
 from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes, residual_inputs
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, lint, parity, qdq, store
@@ -160,6 +160,7 @@ def ship(
             for name, spec in progress(specs.items(), "computing what graphs have to give"):
                 batches = sorted({2, *plan.program.halves(name)})  # of one image
                 expected[name] = [_expected(spec, size) for size in batches]
+    narrow = narrowed(denoiser)
     table = layers.rows(denoiser, plan.quantization, sensitivity)
     if not keep:
         denoiser.to("meta")  # shapes alone: the graphs are compared in the memory that this frees
@@ -204,6 +205,7 @@ def ship(
         },
         "text": texts.entry(pipeline),
         "conditions": {name: value[0].tolist() for name, value in constant.items()},
+        **({"structure": narrow} if narrow else {}),  # unet/config.json is that of the whole network
         "parity": checks,
         "lint": {graph: [finding.to_json() for finding in found] for graph, found in refused.items() if found},
         **entries,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpress.calibration import structure
 from diffpress.calibration.conditions import TEXT, Text, named
 from diffpress.errors import DiffpressError
 
@@ -167,6 +168,11 @@ def units(unet: Any) -> dict[str, nn.Module]:
         ordered += [layer.resnet, layer.attention, layer.resample]
     paths = {id(module): name for name, module in unet.named_modules()}
     return {paths[id(module)]: module for module in ordered if module is not None}
+
+
+def narrowed(unet: Any) -> dict[str, list[int]]:
+    """Module path to [how many parts are left, their size], of what was cut; nothing for a whole U-Net."""
+    return structure.widths(unet)
 
 
 def attention_layers(unet: Any) -> dict[str, nn.Linear]:

@@ -1,1 +1,1 @@
-"""One-shot pruning: what leaves a denoiser, by a timestep-aware Hessian."""
+"""One-shot pruning: weights, and whole parts, leave a denoiser by a timestep-aware Hessian."""

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffpress.calibration.capture import Call
-from diffpress.calibration.hessian import Hessian, Weighting, alphas, bytes_of, collect_in_parts, same_inputs
+from diffpress.calibration.hessian import Hessian, Weighting, alphas, bytes_of
+from diffpress.calibration.hessian_run import collect_in_parts, same_inputs
 from diffpress.calibration.model import state_digest
 from diffpress.calibration.statistics import row_of
 from diffpress.compress.families import unet as family
@@ -27,7 +28,9 @@ from diffpress.compress.work import Work
 
 PARTS = 8  # of the recorded calls: what an interrupted run goes on with, and processes share
 STEEPEST = 6.0  # exponent of an error's growth that is believed
-ROWS = 4096  # tokens of a call that a layer's Hessian takes at most, drawn at random: an image of 32x32 and its negative
+ROWS = (
+    4096  # tokens of a call that a layer's Hessian takes at most, drawn at random: an image of 32x32 and its negative
+)
 
 
 def split(layers: Mapping[str, nn.Module], packages: int, memory_gb: float, span: int | None = None) -> list[list[str]]:

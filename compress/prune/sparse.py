@@ -184,7 +184,12 @@ Solve = Callable[[str, Any, Tensor, Hessian], Tensor]  # path, layer, weight [ou
 
 
 def pruned(
-    settings: Settings, work: Work, chosen: Mapping[str, Any], skipped: Mapping[str, str], outputs: Outputs, solve: Solve
+    settings: Settings,
+    work: Work,
+    chosen: Mapping[str, Any],
+    skipped: Mapping[str, str],
+    outputs: Outputs,
+    solve: Solve,
 ) -> str:
     """Solve layer by layer, package by package, in place; returns what became of the network, in words."""
     calls = list(work.record())
@@ -210,7 +215,9 @@ def pruned(
     total = sum(layer.weight.numel() for layer in chosen.values())
     notes = [f"{zeros / total:.1%} of the weights of {len(chosen)} layers are zero"]
     notes += [f"error of the output on recorded calls {outputs.error():.2%}"]
-    notes += [f"left as they are: {'; '.join(f'{said} ({why})' for why, _, said in by_reason(skipped))}"] if skipped else []
+    notes += (
+        [f"left as they are: {'; '.join(f'{said} ({why})' for why, _, said in by_reason(skipped))}"] if skipped else []
+    )
     return ", ".join(notes)
 
 

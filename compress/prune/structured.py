@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Annotated, Literal
 
@@ -121,16 +121,16 @@ class PruneStructuredPass:
         gone = columns_gone(self.method, weight, seen[one.reader].matrix, one, count, self.damping)
         return gone.kept.tolist(), gone.weight
 
-    def _groups(
-        self, work: Work, chosen: Mapping[str, Structure], paths: Iterable[str], count: int
-    ) -> list[list[str]]:
+    def _groups(self, work: Work, chosen: Mapping[str, Structure], paths: Iterable[str], count: int) -> list[list[str]]:
         readers = {path: work.denoiser.get_submodule(chosen[path].reader) for path in chosen if path in set(paths)}
         return packages.split(readers, count, self.memory_gb)
 
     def _counts(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, int]:
         """How many parts leave each structure, of those that lose some."""
         if self.budget == "latency":
-            found = speed.counts(work, self.ratio, lambda share: self._spread(work, chosen, outputs, "parameters", share))
+            found = speed.counts(
+                work, self.ratio, lambda share: self._spread(work, chosen, outputs, "parameters", share)
+            )
         else:
             found = self._spread(work, chosen, outputs, self.budget, self.ratio)
         return {path: count for path, count in found.items() if count}
@@ -157,9 +157,7 @@ class PruneStructuredPass:
             ) from error
         return {path: choice.removed for path, choice in picked.items()}
 
-    def _errors(
-        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs
-    ) -> dict[str, dict[int, float]]:
+    def _errors(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, dict[int, float]]:
         """The output's relative error when a structure alone loses so many parts, measured at `LEVELS` of them."""
         calls = list(work.record())
         known = Numbers(work.scratch / f"{NAME}-sensitivity")
@@ -192,7 +190,9 @@ class PruneStructuredPass:
         parts = []
         for kind in self.kinds:
             gone = sum(count for path, count in counts.items() if chosen[path].kind == kind)
-            of = sum(one.count * one.size if kind == CHANNELS else one.count for one in chosen.values() if one.kind == kind)
+            of = sum(
+                one.count * one.size if kind == CHANNELS else one.count for one in chosen.values() if one.kind == kind
+            )
             if gone:
                 size = sum(count * chosen[path].size for path, count in counts.items() if chosen[path].kind == kind)
                 parts.append(f"{size if kind == CHANNELS else gone} of {of} {kind}")

@@ -18,7 +18,8 @@ __all__ = ["__version__", "load_pipeline"]
 def load_pipeline(bundle: "str | PathLike[str]", backend: str = "auto", precision: str = "auto") -> Any:
     """A bundle as a diffusers `StableDiffusionPipeline` that runs on a backend; see `diffpress.dropin`.
 
-    Needs torch, diffusers and transformers. Raises `DiffpressError` for what is no bundle, or does not run here.
+    A diffusers folder opens, too, as the pipeline it is: in float32, and with a pruned U-Net as it was saved. Needs
+    torch, diffusers and transformers. Raises `DiffpressError` for what is neither, or does not run here.
     """
     from pathlib import Path
 

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffpress.bundle import CONTROLNET, Bundle
+from diffpress.bundle import CONTROLNET, MANIFEST, Bundle
+from diffpress.calibration import model
 from diffpress.clock import Clock, watch
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, Plan, Sampling
@@ -26,13 +27,18 @@ def load_pipeline(source: str | Path | Bundle, backend: str = "auto", precision:
     """A `StableDiffusionPipeline` whose denoiser, VAE and text encoder run on a backend, as `Pipeline.load` opens it.
 
     Of SDXL it is a `StableDiffusionXLPipeline`. Its parts go on in `StableDiffusionImg2ImgPipeline.from_pipe` and its
-    like. Raises `DiffpressError` where there is no bundle, or it does not run here. The pipeline raises it for a
+    like. A diffusers folder, whose U-Net may have parts cut out, opens as the ordinary pipeline that it is and runs in
+    torch. Raises `DiffpressError` where there is no bundle, or it does not run here. The pipeline raises it for a
     resolution that the graphs do not have and, where the plan is of one schedule, for another scheduler or step count.
     """
     import diffusers
     from diffusers.configuration_utils import FrozenDict
     from transformers import CLIPTextConfig, CLIPTokenizer
 
+    if not isinstance(source, Bundle) and _is_folder(Path(source)):
+        if (backend, precision) != ("auto", "auto"):
+            raise DiffpressError(f"{source} is a diffusers folder, which runs in torch: compress it for a backend")
+        return model.load_pipeline(str(source))
     opened = Pipeline.load(source, backend, precision)
     bundle = opened.bundle
 
@@ -72,6 +78,12 @@ def load_pipeline(source: str | Path | Bundle, backend: str = "auto", precision:
         pipeline = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _is_folder(folder: Path) -> bool:
+    """Whether it is a diffusers folder; a bundle has an index, too, even one that lost its manifest."""
+    ours = folder / MANIFEST, folder / "unet" / "model.onnx"
+    return (folder / "model_index.json").is_file() and not any(file.exists() for file in ours)
 
 
 def _read(bundle: Bundle, part: str) -> dict[str, Any]:
