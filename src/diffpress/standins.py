@@ -85,7 +85,9 @@ class PenultimateTextEncoder(TextEncoder):
     that has it, the pooled text [N, E] where other encoders return their last layer.
     """
 
-    def forward(self, input_ids: Tensor, attention_mask: Any = None, **_: Any) -> Any:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, output_hidden_states: bool = False, **_: Any
+    ) -> Any:
         """Raises `DiffpressError` for a mask and, when it is read, for another layer (clip_skip)."""
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -94,7 +96,7 @@ class PenultimateTextEncoder(TextEncoder):
         hidden, *pooled = self.encoded(input_ids)
         return BaseModelOutput(
             last_hidden_state=pooled[0] if pooled else hidden,  # what comes first
-            hidden_states=_Layers(hidden, self.refuse),  # type: ignore[arg-type]
+            hidden_states=_Layers(hidden, self.refuse),
         )
 
 
