@@ -26,6 +26,8 @@ from diffpress.compress.cache.smoothcache import SmoothCachePass
 from diffpress.compress.cache.taylorseer import TaylorSeerPass
 from diffpress.compress.cache.tgate import TGatePass
 from diffpress.compress.cache.threshold import FreezePass
+from diffpress.compress.prune.sparse import PruneNMPass, PruneUnstructuredPass
+from diffpress.compress.prune.structured import PruneStructuredPass
 from diffpress.compress.quantize.finetune import FinetunePass
 from diffpress.compress.quantize.mixed_precision import MixedPrecisionPass
 from diffpress.compress.quantize.modelopt import ModeloptPass
@@ -43,6 +45,9 @@ SCHEDULE, CORRECT = "schedule", "correct"
 PASSES: dict[str, type[Any]] = {
     SCHEDULE: SchedulePass,
     "guidance": GuidancePass,
+    "prune-structured": PruneStructuredPass,
+    "prune-nm": PruneNMPass,
+    "prune-unstructured": PruneUnstructuredPass,
     "quantize": QuantizePass,
     "reconstruct": ReconstructPass,
     "temporal": TemporalPass,

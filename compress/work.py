@@ -40,6 +40,7 @@ class Work:
     originals: dict[str, Tensor] = field(default_factory=dict)  # by parameter path, before the first pass changed it
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # what a pass found, row by row, by its name
     model: str = ""  # digest of the model that is compressed
+    sparse: set[str] = field(default_factory=set)  # layers whose zeros were made by pruning and stay
     passes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # that were applied, as in a recipe
     planned_for: MadeFor | None = field(default=None, init=False)  # what the step program was planned for
     _recorded: tuple[tuple[str, Sampling], Recordings] | None = field(default=None, init=False, repr=False)

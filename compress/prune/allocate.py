@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from diffpress.errors import DiffpressError
 
@@ -35,7 +36,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: float) -> dict[str
     steps = []
     for name, options in choices.items():
         hull = _hull(options)
-        for order, (a, b) in enumerate(zip(hull, hull[1:], strict=False)):
+        for order, (a, b) in enumerate(pairwise(hull)):
             steps.append(((b.error - a.error) / (b.saved - a.saved), name, order, b))
     saved = 0.0
     for _, name, _, step in sorted(steps, key=lambda step: step[:3]):  # along a hull the price rises: its order is kept

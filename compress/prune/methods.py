@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from diffpress.compress.numerics import obs, obs_groups, saliency
@@ -18,10 +19,11 @@ def columns_gone(
     method: Method, weight: Tensor, hessian: Tensor, structure: Structure, count: int, damping: float
 ) -> Cut:
     """`weight` [out, columns] of a structure's reader without `count` of its parts; `magnitude` is the L1 norm."""
+    strata = None if structure.blocks == 1 else torch.arange(structure.count) * structure.blocks // structure.count
     if method == "obs":
-        batch = BATCHES.get(structure.kind, 1)
-        return obs_groups.prune_groups(weight, hessian, structure.columns, count, batch, damping)
-    return saliency.plain_groups(weight, hessian, structure.columns, count, method)
+        batch = BATCHES.get(structure.kind, 1) if strata is None else structure.blocks
+        return obs_groups.prune_groups(weight, hessian, structure.columns, count, batch, damping, strata=strata)
+    return saliency.plain_groups(weight, hessian, structure.columns, count, method, strata)
 
 
 def weights_gone(method: Method, weight: Tensor, hessian: obs.Blocks, ratio: float, damping: float) -> Tensor:

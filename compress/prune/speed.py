@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffpress.compress.prune import structure
+from diffpress.compress.prune.structure import NormGroups, Structure
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, StepProgram
@@ -15,7 +16,9 @@ PROBES = 5  # halvings of the interval in which the share lies: each exports and
 MOST = 0.9  # of the parameters: nobody asks for a speed that takes more
 
 
-def counts(work: Work, ratio: float, spread: Callable[[float], Mapping[str, int]]) -> dict[str, int]:
+def counts(
+    work: Work, ratio: float, spread: Callable[[float], Mapping[str, int]], norm_groups: NormGroups
+) -> dict[str, int]:
     """Parts that leave each structure so that a call takes at most 1 - `ratio` of its time; the fewest that do.
 
     `spread` gives them for a share of the parameters. Which parts they are makes no difference to the time, so the
@@ -30,7 +33,7 @@ def counts(work: Work, ratio: float, spread: Callable[[float], Mapping[str, int]
         except DiffpressError:  # there is not so much to cut
             high = share
             continue
-        if _speed(work, candidate) <= 1 - ratio:
+        if _speed(work, candidate, norm_groups) <= 1 - ratio:
             found, high = candidate, share
         else:
             low = share
@@ -42,18 +45,24 @@ def counts(work: Work, ratio: float, spread: Callable[[float], Mapping[str, int]
     return found
 
 
-def _speed(work: Work, removed: Mapping[str, int]) -> float:
+def _speed(work: Work, removed: Mapping[str, int], norm_groups: NormGroups) -> float:
     """The time of a call with these parts removed, in terms of that with all, one measured after the other."""
     whole: Any = work.pipeline.unet
     cut = copy.deepcopy(whole)
-    known = structure.structures(cut)
-    structure.cut(cut, {path: range(known[path].count - count) for path, count in removed.items() if count})
+    known = structure.structures(cut, norm_groups=norm_groups)
+    structure.cut(cut, {path: _first(known[path], count) for path, count in removed.items() if count}, norm_groups)
     try:
         before = _milliseconds(work)
         work.pipeline.unet = cut
         return _milliseconds(work) / before
     finally:
         work.pipeline.unet = whole
+
+
+def _first(one: Structure, removed: int) -> list[int]:
+    """The first parts of every block, without `removed` of all."""
+    each, gone = one.count // one.blocks, removed // one.blocks
+    return [part for part in range(one.count) if part % each < each - gone]
 
 
 def _milliseconds(work: Work) -> float:

@@ -35,6 +35,7 @@ __all__ = [
     "check_order",
     "cut",
     "flops",
+    "latent_size",
     "rebuild",
     "structures",
     "unsupported",
@@ -115,8 +116,12 @@ def check_order(work: Work, name: str) -> None:
 
 
 @torch.no_grad()
-def flops(unet: Any, height: int, width: int, tokens: int, norm_groups: NormGroups = "whole") -> dict[str, int]:
-    """Structure's path to the operations that leave with one part, in a call with one row of height x width latents.
+def flops(
+    unet: Any, height: int, width: int, tokens: int, norm_groups: NormGroups = "whole"
+) -> tuple[dict[str, int], int]:
+    """Structure's path to the operations that leave with one part, and those of all layers together.
+
+    Of a call with one row of height x width latents.
 
     A multiplication and its addition are two, as in `export.flops`; an attention's two products count, too. Nothing is
     computed for it but shapes.
@@ -124,7 +129,7 @@ def flops(unet: Any, height: int, width: int, tokens: int, norm_groups: NormGrou
     shadow = whole(unet)
     rebuild(shadow, widths(unet))
     known = cutting.parts(shadow, norm_groups)
-    layers = {path for found in known.values() for path in (found.reader, *(path for path, _ in found.writers))}
+    layers = {path: layer for path, layer in shadow.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     positions: dict[str, int] = {}
 
     def watch(path: str) -> Any:
@@ -138,16 +143,29 @@ def flops(unet: Any, height: int, width: int, tokens: int, norm_groups: NormGrou
     UNetGraph(shadow)(sample, torch.ones(1, device="meta"), *told)
     for hook in hooks:
         hook.remove()
-    return {path: _flops(shadow, found, positions) for path, found in known.items()}
+    total = sum(2 * positions[path] * layers[path].weight.numel() for path in positions)
+    for found in known.values():
+        if found.kind == HEADS:
+            total += _products(found, positions) * found.count
+    return {path: _flops(shadow, found, positions) for path, found in known.items()}, total
+
+
+def latent_size(unet: Any) -> tuple[int, int]:
+    """Height and width of the latents that a U-Net is made for."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _flops(unet: nn.Module, found: Parts, positions: Mapping[str, int]) -> int:
     operations = 2 * positions[found.reader] * _columns(unet, found) * _weight(unet, found.reader).shape[0]
     for path, times in found.writers:
         operations += 2 * positions[path] * times * found.size * _weight(unet, path)[0].numel()
-    if found.kind == HEADS:
-        operations += 4 * positions[f"{found.path}.to_q"] * positions[f"{found.path}.to_k"] * found.size
-    return operations
+    return operations + (_products(found, positions) if found.kind == HEADS else 0)
+
+
+def _products(found: Parts, positions: Mapping[str, int]) -> int:
+    """Of a head's two products of queries, keys and values."""
+    return 4 * positions[f"{found.path}.to_q"] * positions[f"{found.path}.to_k"] * found.size
 
 
 def _structure(unet: nn.Module, found: Parts, multiple: int) -> Structure:

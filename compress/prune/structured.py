@@ -21,12 +21,13 @@ from torch import Tensor
 
 from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
+from diffpress.compress.families import texts
 from diffpress.compress.names import require_matches
 from diffpress.compress.prune import packages, speed, structure
 from diffpress.compress.prune.allocate import Choice, allocate, uniform
 from diffpress.compress.prune.methods import Method, columns_gone
 from diffpress.compress.prune.outputs import Outputs
-from diffpress.compress.prune.structure import CHANNELS, HEADS, NEURONS, Structure
+from diffpress.compress.prune.structure import CHANNELS, NormGroups, Structure
 from diffpress.compress.quantize.samples import chosen_calls
 from diffpress.compress.quantize.sensitivity import Numbers
 from diffpress.compress.work import Work
@@ -51,15 +52,18 @@ class PruneStructuredPass:
     method: Method = "obs"
     allocation: Literal["sensitivity", "uniform"] = "sensitivity"
     kinds: Annotated[tuple[Literal["heads", "neurons", "channels"], ...], Field(min_length=1)] = (
-        HEADS,
-        NEURONS,
-        CHANNELS,
+        "heads",
+        "neurons",
+        "channels",
     )
     exclude: tuple[str, ...] | None = None
     weighting: Weighting = "log-decrease"
     packages: Annotated[int, Field(ge=1, description="module packages, each with a run over the recorded calls")] = 4
     memory_gb: Annotated[float, Field(gt=0, description="of Hessians at a time; more packages where it is less")] = 4.0
     multiple: Annotated[int, Field(ge=1)] = structure.MULTIPLE
+    norm_groups: Annotated[NormGroups, Field(description="how channels leave ResBlocks, see structure.structures")] = (
+        "whole"
+    )
     damping: Annotated[float, Field(gt=0)] = 0.01
 
     def requires(self, work: Work) -> None:
@@ -71,7 +75,7 @@ class PruneStructuredPass:
 
     def chosen(self, work: Work) -> dict[str, Structure]:
         """The structures that may be cut; raises `DiffpressError` where patterns match or leave nothing."""
-        known = structure.structures(work.denoiser, self.multiple)
+        known = structure.structures(work.denoiser, self.multiple, self.norm_groups)
         require_matches(f"{NAME}: exclude", self.exclude or (), known, "structure")
         spared = self.exclude if self.exclude is not None else packages.ends(work.denoiser, known)
         found = {
@@ -104,13 +108,13 @@ class PruneStructuredPass:
                 for path in group:
                     reader = unet.get_submodule(chosen[path].reader)
                     reader.weight.data = done[f"{path} weight"].reshape(reader.weight.shape).to(reader.weight)
-                    structure.cut(unet, {path: done[f"{path} kept"].tolist()})
+                    structure.cut(unet, {path: done[f"{path} kept"].tolist()}, self.norm_groups)
             error = outputs.error()
         work.originals.clear()  # they have the old widths; from here on this network is what others are compared with
         after = sum(parameter.numel() for parameter in unet.parameters())
         return (
-            f"{1 - after / before:.1%} of the parameters left with {self._told(chosen, counts)}; error of the output on "
-            f"recorded calls {error:.2%}"
+            f"{1 - after / before:.1%} of the parameters left with {self._told(chosen, counts)}; error of the output "
+            f"on recorded calls {error:.2%}"
         )
 
     def _solved(
@@ -128,9 +132,11 @@ class PruneStructuredPass:
     def _counts(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, int]:
         """How many parts leave each structure, of those that lose some."""
         if self.budget == "latency":
-            found = speed.counts(
-                work, self.ratio, lambda share: self._spread(work, chosen, outputs, "parameters", share)
-            )
+
+            def spread(share: float) -> dict[str, int]:
+                return self._spread(work, chosen, outputs, "parameters", share)
+
+            found = speed.counts(work, self.ratio, spread, self.norm_groups)
         else:
             found = self._spread(work, chosen, outputs, self.budget, self.ratio)
         return {path: count for path, count in found.items() if count}
@@ -139,7 +145,7 @@ class PruneStructuredPass:
         self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, budget: str, share: float
     ) -> dict[str, int]:
         """The same for a share of the denoiser's parameters or operations."""
-        each, total = _costs(work, chosen, budget)
+        each, total = _costs(work, chosen, budget, self.norm_groups)
         errors = self._errors(work, chosen, outputs) if self.allocation == "sensitivity" else None
         choices = {}
         for path, one in chosen.items():
@@ -189,22 +195,22 @@ class PruneStructuredPass:
     def _told(self, chosen: Mapping[str, Structure], counts: Mapping[str, int]) -> str:
         parts = []
         for kind in self.kinds:
-            gone = sum(count for path, count in counts.items() if chosen[path].kind == kind)
-            of = sum(
-                one.count * one.size if kind == CHANNELS else one.count for one in chosen.values() if one.kind == kind
-            )
+            sizes = {path: one.size if kind == CHANNELS else 1 for path, one in chosen.items() if one.kind == kind}
+            of = sum(chosen[path].count * size for path, size in sizes.items())
+            gone = sum(counts.get(path, 0) * size for path, size in sizes.items())
             if gone:
-                size = sum(count * chosen[path].size for path, count in counts.items() if chosen[path].kind == kind)
-                parts.append(f"{size if kind == CHANNELS else gone} of {of} {kind}")
+                parts.append(f"{gone} of {of} {kind}")
         return ", ".join(parts) or "nothing"
 
 
-def _costs(work: Work, chosen: Mapping[str, Structure], budget: str) -> tuple[dict[str, float], float]:
+def _costs(
+    work: Work, chosen: Mapping[str, Structure], budget: str, norm_groups: NormGroups
+) -> tuple[dict[str, float], float]:
     """What a part of each structure takes of the denoiser's parameters or operations, and what all of it takes."""
     unet = work.denoiser
     if budget == "parameters":
         total = sum(parameter.numel() for parameter in unet.parameters())
         return {path: float(one.parameters) for path, one in chosen.items()}, float(total)
-    rows, columns = work.recorded_size()
-    each = structure.flops(unet, rows, columns, tokens)
+    size = structure.latent_size(unet)
+    each, total = structure.flops(unet, *size, texts.tokens(work.pipeline), norm_groups)
     return {path: float(each[path]) for path in chosen}, float(total)
