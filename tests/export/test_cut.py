@@ -14,7 +14,7 @@ from diffpress import api
 from diffpress.bundle import Bundle
 from diffpress.calibration.model import load_pipeline
 from diffpress.calibration.structure import save
-from diffpress.compress.prune.structure import cut, structures
+from diffpress.compress.prune.structure import CHANNELS, cut, structures
 from diffpress.export import flops
 from diffpress.runtime.pipeline import Pipeline
 
@@ -36,6 +36,10 @@ def model(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     chosen = list(structures(pipeline.unet).values())[::2]
     cut(pipeline.unet, {found.path: range(found.count // 4, found.count) for found in chosen})
     cut(pipeline.unet, {found.path: [0] for found in chosen if found.count == 2})
+    others = list(structures(pipeline.unet, norm_groups="even").values())[1::2]
+    even = {found.path: range(0, found.count, 2) for found in others if found.kind == CHANNELS}
+    assert even
+    cut(pipeline.unet, even, "even")
     return save(pipeline, tmp_path_factory.mktemp("cut") / "narrow")
 
 
