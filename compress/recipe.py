@@ -26,6 +26,7 @@ from diffpress.compress.cache.smoothcache import SmoothCachePass
 from diffpress.compress.cache.taylorseer import TaylorSeerPass
 from diffpress.compress.cache.tgate import TGatePass
 from diffpress.compress.cache.threshold import FreezePass
+from diffpress.compress.prune.distill import DistillPass
 from diffpress.compress.prune.sparse import PruneNMPass, PruneUnstructuredPass
 from diffpress.compress.prune.structured import PruneStructuredPass
 from diffpress.compress.quantize.finetune import FinetunePass
@@ -48,6 +49,7 @@ PASSES: dict[str, type[Any]] = {
     "prune-structured": PruneStructuredPass,
     "prune-nm": PruneNMPass,
     "prune-unstructured": PruneUnstructuredPass,
+    "distill": DistillPass,
     "quantize": QuantizePass,
     "reconstruct": ReconstructPass,
     "temporal": TemporalPass,

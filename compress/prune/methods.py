@@ -26,17 +26,19 @@ def columns_gone(
     return saliency.plain_groups(weight, hessian, structure.columns, count, method, strata)
 
 
-def weights_gone(method: Method, weight: Tensor, hessian: obs.Blocks, ratio: float, damping: float) -> Tensor:
+def weights_gone(
+    method: Method, weight: Tensor, hessian: obs.Blocks, ratio: float, damping: float, refine: int
+) -> Tensor:
     """`weight` [out, columns] with the share `ratio` of it zero."""
     if method == "obs":
-        return obs.prune_unstructured(weight, hessian, ratio, damping=damping)
+        return obs.prune_unstructured(weight, hessian, ratio, damping=damping, refine=refine)
     return saliency.plain_unstructured(weight, hessian, ratio, method)
 
 
 def pattern_gone(
-    method: Method, weight: Tensor, hessian: obs.Blocks, n_zero: int, m: int, kernel: int, damping: float
+    method: Method, weight: Tensor, hessian: obs.Blocks, n_zero: int, m: int, kernel: int, damping: float, refine: int
 ) -> Tensor:
     """`weight` [out, columns] with `n_zero` of each `m` input channels zero at each of a kernel's places."""
     if method == "obs":
-        return obs.prune_nm(weight, hessian, n_zero, m, kernel, damping=damping)
+        return obs.prune_nm(weight, hessian, n_zero, m, kernel, damping=damping, refine=refine)
     return saliency.plain_nm(weight, hessian, n_zero, m, method, kernel)

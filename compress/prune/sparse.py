@@ -53,6 +53,7 @@ class PruneUnstructuredPass:
     packages: Annotated[int, Field(ge=1, description="module packages, each with a run over the recorded calls")] = 4
     memory_gb: Annotated[float, Field(gt=0, description="of Hessians at a time; more packages where it is less")] = 4.0
     damping: Annotated[float, Field(gt=0)] = 0.01
+    refine: Annotated[int, Field(ge=0, description="conjugate gradient steps on what stays, after the sweep")] = 10
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` behind quantization, and where patterns match or leave nothing."""
@@ -78,7 +79,7 @@ class PruneUnstructuredPass:
                 shares = self._spread(work, chosen, outputs)
 
             def solve(name: str, layer: Any, weight: Tensor, seen: Hessian) -> Tensor:
-                return weights_gone(self.method, weight, seen.blocks, shares[name], self.damping)
+                return weights_gone(self.method, weight, seen.blocks, shares[name], self.damping, self.refine)
 
             return pruned(self, work, chosen, skipped, outputs, solve)
 
@@ -94,7 +95,9 @@ class PruneUnstructuredPass:
             for name in work.progress(group, "measuring what weights are worth"):
                 whole = chosen[name].weight.data
                 for level in LEVELS:
-                    solved = weights_gone(self.method, whole.flatten(1), seen[name].blocks, level, self.damping)
+                    solved = weights_gone(
+                        self.method, whole.flatten(1), seen[name].blocks, level, self.damping, self.refine
+                    )
                     chosen[name].weight.data = solved.reshape(whole.shape)
                     known[keys[name, level]] = outputs.error()
                     chosen[name].weight.data = whole
@@ -125,6 +128,7 @@ class PruneNMPass:
     packages: Annotated[int, Field(ge=1, description="module packages, each with a run over the recorded calls")] = 4
     memory_gb: Annotated[float, Field(gt=0, description="of Hessians at a time; more packages where it is less")] = 4.0
     damping: Annotated[float, Field(gt=0)] = 0.01
+    refine: Annotated[int, Field(ge=0, description="conjugate gradient steps on what stays, after the sweep")] = 10
 
     @property
     def name(self) -> str:
@@ -160,7 +164,7 @@ class PruneNMPass:
 
         def solve(name: str, layer: Any, weight: Tensor, seen: Hessian) -> Tensor:
             kernel = hessian.kernel_of(layer)
-            return pattern_gone(self.method, weight, seen.blocks, self.n, self.m, kernel, self.damping)
+            return pattern_gone(self.method, weight, seen.blocks, self.n, self.m, kernel, self.damping, self.refine)
 
         with on_fastest_device(work.denoiser):
             outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))

@@ -26,6 +26,7 @@ from diffpress.compress.names import require_matches
 from diffpress.compress.prune import packages, speed, structure
 from diffpress.compress.prune.allocate import Choice, allocate, uniform
 from diffpress.compress.prune.methods import Method, columns_gone
+from diffpress.compress.prune.norms import cut_evenly
 from diffpress.compress.prune.outputs import Outputs
 from diffpress.compress.prune.structure import CHANNELS, NormGroups, Structure
 from diffpress.compress.quantize.samples import chosen_calls
@@ -108,7 +109,11 @@ class PruneStructuredPass:
                 for path in group:
                     reader = unet.get_submodule(chosen[path].reader)
                     reader.weight.data = done[f"{path} weight"].reshape(reader.weight.shape).to(reader.weight)
-                    structure.cut(unet, {path: done[f"{path} kept"].tolist()}, self.norm_groups)
+                stays = {path: done[f"{path} kept"].tolist() for path in group}
+                if self.norm_groups == "even":
+                    cut_evenly(unet, stays, lambda: [work.run(call) for call in outputs.calls])
+                else:
+                    structure.cut(unet, stays)
             error = outputs.error()
         work.originals.clear()  # they have the old widths; from here on this network is what others are compared with
         after = sum(parameter.numel() for parameter in unet.parameters())

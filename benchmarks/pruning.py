@@ -1,0 +1,262 @@
+"""Every way of pruning `shapes`: `python -m diffpress.benchmarks.pruning [--quick] --json FILE`.
+
+Each row is a recipe, run in a process of its own, so that its memory is its own; its denoiser is exported and draws the
+same prompts and seeds as the whole one in the same inference library. Rows are made two at a time and kept in the work
+folder; times are taken in the end, alone and alternating. Goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import diffpress
+from diffpress import api
+from diffpress.benchmarks import candidates, prompts, scores
+from diffpress.benchmarks.latency import alternate, paired_ratio
+from diffpress.benchmarks.memory import high_water_bytes
+from diffpress.benchmarks.quantization import bits, deploying, stored_bytes
+from diffpress.benchmarks.recipe_rows import BATCH, Row, file_name, head
+from diffpress.errors import DiffpressError
+from diffpress.plan import FULL, StepProgram
+from diffpress.runtime import backends
+from diffpress.runtime.pipeline import Pipeline
+from diffpress.runtime.program import open_denoiser
+
+STEPS, IMAGES, ROUNDS = 20, 100, 15
+DRAWS, TIMED = "openvino", "onnxruntime"  # in FP32: what draws, and what a call is timed in
+CALIBRATION = {"prompts": 16, "steps": 10}
+WORKERS = 2
+DISTILL = {"distill": {"iterations": 1500, "rate": 2e-5}}
+REFERENCE = "fp32"
+
+
+def structured(ratio: float, **fields: Any) -> dict[str, Any]:
+    """The pass."""
+    return {"prune-structured": {"ratio": ratio, **fields}}
+
+
+def unstructured(ratio: float, **fields: Any) -> dict[str, Any]:
+    """The pass."""
+    return {"prune-unstructured": {"ratio": ratio, **fields}}
+
+
+def table() -> dict[str, Row]:
+    """All rows by name, the reference first."""
+    rows = {REFERENCE: Row("reference", (), quick=True)}
+
+    def add(name: str, group: str, *passes: Any, quick: bool = False) -> None:
+        rows[name] = Row(group, passes, CALIBRATION, quick)
+
+    names = {"magnitude": "L1", "wanda": "Wanda", "obs": "OBS-Diff"}
+    for percent in (10, 20, 30, 40, 50):
+        for method, said in names.items():
+            quick = percent == 30 and method != "wanda"
+            add(f"{said}, {percent} %", "structured", structured(percent / 100, method=method), quick=quick)
+        if percent > 10:
+            passes = (structured(percent / 100), DISTILL)
+            add(f"OBS-Diff, {percent} %, distilled", "structured", *passes)
+    for percent in (20, 40):
+        share = percent / 100
+        add(f"uniform, {percent} %", "structured otherwise", structured(share, allocation="uniform"))
+        add(f"even norm groups, {percent} %", "structured otherwise", structured(share, norm_groups="even"))
+        add(f"{percent} % of operations", "structured otherwise", structured(share, budget="flops"))
+        both = (structured(share, budget="flops", norm_groups="even"), DISTILL)
+        add(f"{percent} % of operations, even norm groups, distilled", "structured otherwise", *both)
+    for method, said in (names | {"magnitude": "magnitude"}).items():
+        add(f"{said}, 2:4", "2:4", {"prune-nm": {"method": method}}, quick=method == "obs")
+        for percent in (30, 50, 70):
+            add(f"{said}, {percent} % of weights", "unstructured", unstructured(percent / 100, method=method))
+    add("OBS-Diff, 2:4, distilled", "2:4", {"prune-nm": {}}, DISTILL)
+    add("OBS-Diff, 70 % of weights, distilled", "unstructured", unstructured(0.7), DISTILL)
+    add("OBS-Diff, 70 % of weights by sensitivity", "unstructured", unstructured(0.7, allocation="sensitivity"))
+    add("OBS-Diff, 2:4, no refinement", "2:4", {"prune-nm": {"refine": 0}})
+    for weighting in ("uniform", "linear", "log-increase"):
+        add(f"{weighting}, 40 %", "weighting of steps", structured(0.4, weighting=weighting))
+        add(f"{weighting}, 2:4", "weighting of steps", {"prune-nm": {"weighting": weighting}})
+    quantize, cache = {"quantize": {"format": "int8"}}, {"cache": {"interval": 2, "branch": 0}}
+    for name, pruning in {"structured 40 %": structured(0.4), "2:4": {"prune-nm": {}}}.items():
+        add(f"{name}, INT8", "together", pruning, quantize)
+        add(f"{name}, INT8, cached", "together", pruning, quantize, cache)
+    add("INT8, cached", "together", quantize, cache)
+    return rows
+
+
+def prune(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a recipe in this process and export its denoiser into a folder; what is known without drawing."""
+    from diffpress.compress.recipe import Recipe
+    from diffpress.compress.run import run
+    from diffpress.export import ship
+    from diffpress.export.flops import count
+
+    recipe, folder = Recipe.model_validate(task["recipe"]), Path(task["folder"])
+    work = api.begin("shapes", recipe, steps=task["steps"], quiet=True)
+    work.scratch = Path(task["scratch"])  # shared: rows that begin alike measure the same sensitivity
+    done = run(recipe.built(), work)
+    peak = high_water_bytes()
+    bits_w, bits_a = bits(work.quantization)
+    files = ship.variants(work.pipeline, work.plan(), folder, work.progress)
+    weights = [tensor.numpy().tobytes() for tensor in work.denoiser.state_dict().values()]
+    parameters = sum(parameter.numel() for parameter in work.denoiser.parameters())
+    zeros = sum(int((parameter == 0).sum()) for parameter in work.denoiser.parameters())
+    return {
+        "bits_w": bits_w,
+        "bits_a": bits_a,
+        "params": parameters,
+        "zeros": zeros / parameters,
+        "flops": count(files[FULL], 2).operations,
+        "bytes": stored_bytes(work),
+        "bytes_zipped": sum(len(zlib.compress(tensor)) for tensor in weights) if bits_w == 32 else None,
+        "seconds": sum(result.seconds for result in done),
+        "peak_rss_bytes": peak,
+        "deploys": deploying(work),
+        "passes": [f"{result.name}: {result.summary}" for result in done],
+        "program": work.program.to_json(),
+        "files": {name: str(file) for name, file in files.items()},
+    }
+
+
+def made(name: str, row: Row, place: Path, steps: int) -> dict[str, Any]:
+    """The row's entry without what drawing tells, from an earlier run or from a process of its own."""
+    file = place / f"{file_name(name)}.json"
+    if not file.exists():
+        task = {"recipe": row.document(name), "steps": steps, "folder": str(place / file_name(name) / "unet")}
+        source = Path(diffpress.__file__).parents[1]
+        path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
+        threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+        command = [sys.executable, "-m", "diffpress.benchmarks.pruning", "--task"]
+        done = subprocess.run(
+            [*command, json.dumps({**task, "scratch": str(place / "unfinished")})],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
+        )
+        if done.returncode:
+            raise DiffpressError(f"row '{name}' ended with {done.returncode}; the same command goes on from it")
+        partial_file = file.with_suffix(".partial")
+        partial_file.write_text(done.stdout.splitlines()[-1], "utf-8")
+        partial_file.replace(file)
+    return {"name": name, "group": row.group, **json.loads(file.read_text("utf-8"))}
+
+
+def pipeline(exported: Pipeline, entry: Mapping[str, Any], backend: str) -> Pipeline:
+    """The exported pipeline with a row's denoiser in place of its own."""
+    program = StepProgram.from_json(entry["program"])
+    graphs = {name: Path(file) for name, file in entry["files"].items()}
+    denoiser = open_denoiser(program, graphs, lambda file: backends.open_session(file, backend, "fp32"))
+    return replace(exported, denoiser=denoiser, backend=backend)
+
+
+def judged(
+    entry: dict[str, Any],
+    exported: Pipeline,
+    chosen: prompts.Prompts,
+    reference: candidates.Drawn | None,
+    judging: scores.Judging,
+    place: Path,
+) -> tuple[dict[str, Any], candidates.Drawn]:
+    """The entry with the quality of what the row draws, and that."""
+    file = place / f"{file_name(entry['name'])}.npz"
+    drawn = candidates.stored(file)
+    if drawn is None:
+        drawn = candidates.draw(pipeline(exported, entry, DRAWS), chosen.texts, range(len(chosen.texts)), BATCH)
+        candidates.store(file, drawn)
+    found: dict[str, Any] = {"latent_rel_l2": 0.0, "latent_rel_l2_median": 0.0, "psnr_db": None, "ssim": 1.0}
+    if reference is not None:
+        apart = scores.distances(drawn, reference)
+        found = {key: apart[key] for key in found}
+    content = judging.content(drawn.pixels)
+    found |= {key: getattr(content, key) for key in ("clip_score", "frechet", "attribute_accuracy")}
+    return entry | found, drawn
+
+
+def timed(entries: Sequence[dict[str, Any]], exported: Pipeline, text: str) -> list[dict[str, Any]]:
+    """The entries with times: of one call, both halves of guidance, and of one image, beside the whole network's."""
+    found = []
+    whole = pipeline(exported, entries[0], TIMED)
+    for entry in entries:
+        own = pipeline(exported, entry, TIMED)
+        calls = {"whole": partial(_call, whole), "own": partial(_call, own)}
+        call = alternate(calls, ROUNDS * 2, warmup=3)
+        images = {"whole": partial(_image, whole, text), "own": partial(_image, own, text)}
+        image = alternate(images, ROUNDS, warmup=2)
+        found.append(
+            entry
+            | {
+                "call_speedup": paired_ratio(call["whole"], call["own"]),
+                "speedup_vs_uncompressed": paired_ratio(image["whole"], image["own"]),
+                "speedup_vs_eager": None,
+            }
+        )
+    return found
+
+
+def _call(own: Pipeline, turn: int) -> None:
+    session = own.denoiser.sessions[FULL]
+    session.run(
+        {
+            name: np.ones([2 if size is None else size for size in port.shape], port.dtype)
+            for name, port in session.inputs.items()
+        }
+    )
+
+
+def _image(own: Pipeline, text: str, turn: int) -> None:
+    own([text], [turn])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/pruning"), help="measured rows live here")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a few rows on a few images")
+    parser.add_argument("--only", nargs="*", help="names of rows to measure, beside fp32")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        sys.stdout.write(json.dumps(prune(json.loads(options.task))) + "\n")
+        return
+    if options.json is None:
+        parser.error("give --json")
+    rows = {name: row for name, row in table().items() if row.quick or not options.quick}
+    if options.only is not None:
+        rows = {name: row for name, row in rows.items() if name == REFERENCE or name in options.only}
+    images = 24 if options.quick else IMAGES
+    place: Path = (options.work / f"{STEPS}-{images}").resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    chosen = prompts.choose(images, shapes=True)
+    folder = place / "export"
+    if not folder.exists():
+        api.compress("shapes", "fp32", folder, steps=STEPS, quiet=True)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        entries = list(pool.map(partial(made, place=place, steps=STEPS), rows, rows.values()))
+    exported, judging = Pipeline.load(folder, DRAWS, "fp32"), scores.Judging(chosen)
+    reference: candidates.Drawn | None = None
+    for index, entry in enumerate(entries):
+        entries[index], drawn = judged(entry, exported, chosen, reference, judging, place)
+        reference = reference or drawn
+    entries = timed(entries, exported, chosen.texts[0])
+    document = {
+        **head(exported.sampling),
+        "images": images,
+        "calibration": CALIBRATION,
+        "rows": [{key: value for key, value in entry.items() if key not in ("files", "program")} for entry in entries],
+    }
+    options.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
