@@ -34,7 +34,7 @@ class DistillPass:
     """Train what pruning touched, right after it: modules that were cut whole, and layers with zeros."""
 
     iterations: Annotated[int, Field(ge=1, description="steps, a recorded call each")] = 2000
-    rate: Annotated[float, Field(gt=0, description="learning rate (Adam), which falls along a cosine")] = 1e-4
+    rate: Annotated[float, Field(gt=0, description="learning rate (Adam), which falls along a cosine")] = 2e-5
     calls: Annotated[int, Field(ge=8, description="recorded calls at most, an eighth of them to judge by")] = 512
 
     def requires(self, work: Work) -> None:

@@ -178,7 +178,10 @@ class PruneStructuredPass:
         def key(path: str, count: int) -> str:
             return packages.short(f"{context} {path} {count}")
 
-        wanted = {path: sorted({max(1, round(level * one.count)) for level in LEVELS}) for path, one in chosen.items()}
+        wanted = {
+            path: sorted({max(1, round(level * one.count / one.blocks)) * one.blocks for level in LEVELS})
+            for path, one in chosen.items()
+        }
         wanted = {path: [count for count in counts if count < chosen[path].count] for path, counts in wanted.items()}
         missing = [path for path, counts in wanted.items() if any(key(path, count) not in known for count in counts)]
         for group in self._groups(work, chosen, missing, 1):
