@@ -196,9 +196,7 @@ def ship(
         "graphs": {name: f"unet/{file_of(name)}" for name in specs},
         # By backend, what it opens instead where it is listed.
         "dialects": {
-            "onnxruntime": {
-                name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in written
-            }
+            "onnxruntime": {name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in written}
         },
         "features": features,
         "latent": {
