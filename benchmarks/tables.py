@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import caching_tables, steps_tables, verdict
+from diffpress.benchmarks import caching_tables, scale_tables, steps_tables, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -302,6 +302,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantization": quantization,
     "quantization_all": quantization_all,
     "quantization_claims": quantization_claims,
+    "scale": scale_tables.scale,
+    "scale_engines": scale_tables.engines,
     "shapes": shapes,
     "shapes_claims": shapes_claims,
     "steps": steps_tables.steps,

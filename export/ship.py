@@ -138,7 +138,7 @@ def ship(
     """Export everything into `folder`; returns the manifest (`entries` are its parts that the caller knows).
 
     `sensitivity` are rows by layer that `plan/layers.json` takes in; with `controlnet` there is one more graph. Without
-    `keep` the denoiser's weights are given up on the way, so that there never are two copies of them in memory; the
+    `keep` weights are given up once they are in a graph, so that there never are two copies of them in memory; the
     pipeline is of no use then.
     """
     sampling = plan.sampling
@@ -156,6 +156,8 @@ def ship(
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
         store.save({**models, **dialects}, folder / "unet")
+        written = {*models, *dialects}
+        del models, rewritten, dialects  # their weights are in the file, and large
         with simulated(denoiser, shipped, sampling.timesteps, keep):
             for name, spec in progress(specs.items(), "computing what graphs have to give"):
                 batches = sorted({2, *plan.program.halves(name)})  # of one image
@@ -166,8 +168,9 @@ def ship(
         denoiser.to("meta")  # shapes alone: the graphs are compared in the memory that this frees
     for name, wanted in progress(expected.items(), "checking the denoiser"):
         for file in (file_of(name), dialect_file_of(name)):
-            if file in models or file in dialects:
+            if file in written:
                 checks[f"unet/{file}"] = _worst([parity.compare(folder / "unet" / file, one) for one in wanted])
+    encoders = [part.name for part in texts.text_encoders(pipeline)]
     features = {name: list(value.shape[1:]) for (one, *_) in expected.values() for name, value in one.outputs.items()}
     del features["out_sample"]
     for name, spec in progress(
@@ -177,8 +180,11 @@ def ship(
         refused[f"{name}/model.onnx"] = lint.findings(model)
         graphs.finish(model)
         store.save({"model.onnx": model}, folder / name)
+        del model
         inputs = _cut(spec, 2 if sampling.height * sampling.width <= LARGE else 1)
         checks[f"{name}/model.onnx"] = parity.check(folder / name / "model.onnx", spec.module, inputs, spec.outputs)
+        if not keep and name in encoders:
+            getattr(pipeline, name).to("meta")
     _write_configs(pipeline, sampling.scheduler, folder)
     plan.save(folder / "plan")
     (folder / "plan" / "layers.json").write_text(json.dumps(table, indent=1))
@@ -191,9 +197,7 @@ def ship(
         "graphs": {name: f"unet/{file_of(name)}" for name in specs},
         # By backend, what it opens instead where it is listed.
         "dialects": {
-            "onnxruntime": {
-                name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in dialects
-            }
+            "onnxruntime": {name: f"unet/{dialect_file_of(name)}" for name in specs if dialect_file_of(name) in written}
         },
         "features": features,
         "latent": {

@@ -27,6 +27,32 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _components_are_exported_once() -> Iterator[None]:
+    """The VAE and the text encoders of the few pipelines here are the same in dozens of bundles: seconds each time.
+
+    The first export of each is real; others with the same weights, inputs and outputs get a copy of its graph.
+    """
+    from diffpress.calibration.model import state_digest
+    from diffpress.export import components, graphs
+
+    export, kept = graphs.to_onnx, {}
+    kinds = (components.TextEncoder, components.VaeDecoder, components.VaeEncoder)
+
+    def to_onnx(spec: graphs.GraphSpec) -> ir.Model:
+        if not isinstance(spec.module, kinds):
+            return export(spec)
+        shapes = [(name, tuple(value.shape), value.dtype) for name, value in spec.inputs.items()]
+        key = (type(spec.module), state_digest(spec.module), str(shapes), spec.outputs, spec.fixed)
+        if key not in kept:
+            kept[key] = ir.to_proto(export(spec)).SerializeToString()
+        return ir.from_proto(onnx.ModelProto.FromString(kept[key]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "to_onnx", to_onnx)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock StableDiffusionPipeline of random weights: 32x32 pixels, latents of 8x8. Copy it before a change."""

@@ -1,0 +1,53 @@
+"""What real sizes take, as tables from results/scale.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "Stable Diffusion XL"}
+FORMATS = ("fp16", "int8", "int4")
+
+
+def _rows() -> dict[tuple[str, str], dict[str, Any]]:
+    document = json.loads((RESULTS / "scale.json").read_text("utf-8"))
+    return {(row["model"], row["stage"]): row for row in document["rows"]}
+
+
+def scale() -> str:
+    """Minutes and peak memory of every stage, a model a line."""
+    rows = _rows()
+    lines = [
+        "| | U-Net | compress and export | one call, compared | engines | all | peak memory |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for model, name in MODELS.items():
+        stages = {stage: rows[model, stage] for stage in ("create", "compress", "parity", "engines")
+                  if (model, stage) in rows}  # fmt: skip
+        if "compress" not in stages:
+            continue
+        cells = [f"{stages['create']['parameters']['unet'] / 1e6:.0f} M"]
+        for stage in ("compress", "parity", "engines"):
+            cells.append(f"{stages[stage]['seconds'] / 60:.1f} min" if stage in stages else "–")
+        cells.append(f"{sum(row['seconds'] for row in stages.values()) / 60:.1f} min")
+        cells.append(f"{max(row['peak_rss_bytes'] for row in stages.values()) / 1e9:.1f} GB")
+        prompts = stages["compress"]["prompts"]
+        of = f"{prompts} prompt{'s' if prompts > 1 else ''} × {stages['compress']['steps']} steps"
+        lines.append(f"| {name}, {of} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def engines() -> str:
+    """Bytes of the denoiser's engine by format, a model a line."""
+    rows = _rows()
+    lines = ["| engine of the U-Net | FP16 | INT8 | INT4 weights |", "|---|--:|--:|--:|"]
+    for model, name in MODELS.items():
+        found = [rows.get((model, f"engine {kind}")) for kind in FORMATS]
+        if found[0] is None:
+            continue
+        whole = found[0]["bytes"]
+        cells = ["–" if row is None else f"{row['bytes'] / 1e6:.0f} MB ({row['bytes'] / whole:.0%})" for row in found]
+        lines.append(f"| {name}, {found[0]['target']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from diffpress.benchmarks import scale_tables
+
+
+def test_stages_add_up_and_engines_are_shares_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {"create": (60, 2e9), "compress": (600, 9e9), "parity": (30, 6e9), "engines": (90, 4e9)}
+    rows = [{"model": "sd15", "stage": stage, "seconds": seconds, "peak_rss_bytes": peak}
+            for stage, (seconds, peak) in stages.items()]  # fmt: skip
+    rows[0]["parameters"] = {"unet": 860e6}
+    rows[1] |= {"prompts": 8, "steps": 4}
+    for kind, size in (("fp16", 1.8e9), ("int8", 0.9e9)):
+        rows.append({"model": "sd15", "stage": f"engine {kind}", "bytes": size, "target": "sm89"})
+    rows += [{"model": "sdxl", "stage": "create", "seconds": 1, "peak_rss_bytes": 1}]  # not compressed yet: no line
+    (tmp_path / "scale.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(scale_tables, "RESULTS", tmp_path)
+    assert scale_tables.scale().splitlines()[2:] == [
+        "| Stable Diffusion 1.5, 8 prompts × 4 steps | 860 M | 10.0 min | 0.5 min | 1.5 min | 13.0 min | 9.0 GB |"
+    ]
+    assert scale_tables.engines().splitlines()[2:] == [
+        "| Stable Diffusion 1.5, sm89 | 1800 MB (100%) | 900 MB (50%) | – |"
+    ]
