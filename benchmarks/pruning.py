@@ -73,8 +73,10 @@ def table() -> dict[str, Row]:
         add(f"uniform, {percent} %", "structured otherwise", structured(share, allocation="uniform"))
         add(f"even norm groups, {percent} %", "structured otherwise", structured(share, norm_groups="even"))
         add(f"{percent} % of operations", "structured otherwise", structured(share, budget="flops"))
-        both = (structured(share, budget="flops", norm_groups="even"), DISTILL)
-        add(f"{percent} % of operations, even norm groups, distilled", "structured otherwise", *both)
+        both = {"budget": "balanced", "norm_groups": "even"}
+        add(f"{percent} % of both, even norm groups", "structured otherwise", structured(share, **both))
+        passes = (structured(share, **both), DISTILL)
+        add(f"{percent} % of both, even norm groups, distilled", "structured otherwise", *passes)
     for method, said in (names | {"magnitude": "magnitude"}).items():
         add(f"{said}, 2:4", "2:4", {"prune-nm": {"method": method}}, quick=method == "obs")
         for percent in (30, 50, 70):

@@ -41,7 +41,7 @@ JUDGED = 16  # recorded calls that the output's error is measured on
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PruneStructuredPass:
-    """Remove the share `ratio` of the denoiser's parameters, operations or measured latency, by whole parts.
+    """Remove the share `ratio` of the denoiser's parameters, operations, both (balanced) or measured latency.
 
     `allocation` says how the share is spread: by what removing parts does to the output, or alike everywhere. `exclude`
     spares structures by shell patterns over their paths, those of the first and last block if it is absent. `method`
@@ -49,7 +49,7 @@ class PruneStructuredPass:
     """
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    budget: Literal["parameters", "flops", "latency"] = "parameters"
+    budget: Literal["parameters", "flops", "balanced", "latency"] = "parameters"
     method: Method = "obs"
     allocation: Literal["sensitivity", "uniform"] = "sensitivity"
     kinds: Annotated[tuple[Literal["heads", "neurons", "channels"], ...], Field(min_length=1)] = (
@@ -214,11 +214,17 @@ class PruneStructuredPass:
 def _costs(
     work: Work, chosen: Mapping[str, Structure], budget: str, norm_groups: NormGroups
 ) -> tuple[dict[str, float], float]:
-    """What a part of each structure takes of the denoiser's parameters or operations, and what all of it takes."""
+    """What a part of each structure takes of the denoiser's parameters or operations, and what all of it takes.
+
+    Balanced is the mean of both shares: bytes and time at once.
+    """
     unet = work.denoiser
     if budget == "parameters":
         total = sum(parameter.numel() for parameter in unet.parameters())
         return {path: float(one.parameters) for path, one in chosen.items()}, float(total)
+    if budget == "balanced":
+        pairs = [_costs(work, chosen, one, norm_groups) for one in ("parameters", "flops")]
+        return {path: sum(each[path] / total for each, total in pairs) / len(pairs) for path in chosen}, 1.0
     size = structure.latent_size(unet)
     each, total = structure.flops(unet, *size, texts.tokens(work.pipeline), norm_groups)
     return {path: float(each[path]) for path in chosen}, float(total)

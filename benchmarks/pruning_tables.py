@@ -1,0 +1,127 @@
+"""Pruning on `shapes` as tables, from results/pruning.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HEAD = (
+    "| | parameters | zeros | operations | denoiser | zipped | call | image | latent error | median | PSNR | CLIP "
+    "| Fréchet | attributes | seconds | peak memory |"
+)
+REFERENCE = "fp32"
+RATIOS = (10, 20, 30, 40, 50)
+METHODS = ("OBS-Diff", "Wanda", "L1")
+
+
+def _document() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / "pruning.json").read_text("utf-8"))
+    return document
+
+
+def _line(row: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    psnr, zipped = row["psnr_db"], row["bytes_zipped"]
+    cells = [
+        f"{row['params'] / whole['params']:.0%}",
+        f"{row['zeros']:.0%}",
+        f"{row['flops'] / whole['flops']:.0%}",
+        f"{row['bytes'] / 1e6:.1f} MB",
+        "–" if zipped is None else f"{zipped / 1e6:.1f} MB",
+        f"{row['call_speedup']:.2f}x",
+        f"{row['speedup_vs_uncompressed']:.2f}x",
+        f"{row['latent_rel_l2']:.3f}",
+        f"{row['latent_rel_l2_median']:.3f}",
+        "–" if psnr is None else f"{psnr:.1f}",
+        f"{row['clip_score']:.2f}",
+        f"{row['frechet']:.2f}",
+        f"{row['attribute_accuracy']:.1%}",
+        f"{row['seconds']:.0f}",
+        f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+    ]
+    return f"| {row['name']} | " + " | ".join(cells) + " |"
+
+
+def pruning_all() -> str:
+    """Every row."""
+    document = _document()
+    whole = document["rows"][0]
+    lines, group = [HEAD, "|---|" + "--:|" * (HEAD.count("|") - 2)], None
+    for row in sorted(document["rows"], key=lambda row: _groups(document).index(row["group"])):
+        if row["group"] != group:
+            group = row["group"]
+            lines.append(f"| **{group}** |" + " |" * (HEAD.count("|") - 2))
+        lines.append(_line(row, whole))
+    return "\n".join(lines)
+
+
+def _groups(document: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["group"] for row in document["rows"]))
+
+
+def pruning() -> str:
+    """Latent errors of the methods beside each other, medians and means."""
+    document = _document()
+    rows = {row["name"]: row for row in document["rows"]}
+    names = [*(f"{percent} %" for percent in RATIOS), "2:4", *(f"{percent} % of weights" for percent in (30, 50, 70))]
+    lines = [
+        "| pruned | OBS-Diff | Wanda | L1, magnitude | OBS-Diff's attributes | denoiser | a call |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        own = rows[f"OBS-Diff, {name}"]
+        cells = []
+        for method in METHODS:
+            found = rows.get(f"{method}, {name}", rows.get(f"magnitude, {name}"))
+            assert found is not None
+            cells.append(f"{found['latent_rel_l2_median']:.3f} ({found['latent_rel_l2']:.3f})")
+        cells.append(f"{own['attribute_accuracy']:.1%}")
+        size = own["bytes"] if own["zeros"] < 0.01 else own["bytes_zipped"]
+        cells.append(f"{size / 1e6:.1f} MB" + ("" if own["zeros"] < 0.01 else " zipped"))
+        cells.append(f"{own['call_speedup']:.2f}x")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    whole = rows[REFERENCE]
+    lines += [
+        "",
+        f"Error of the final latents to the whole network's, median (mean) of {document['images']} held-out captions; "
+        f"{document['sampling']['steps']} {document['sampling']['scheduler']} steps. Whole: "
+        f"{whole['bytes'] / 1e6:.1f} MB, {whole['bytes_zipped'] / 1e6:.1f} MB zipped, attributes "
+        f"{whole['attribute_accuracy']:.1%}. Calls in ONNX Runtime, FP32; {document['machine']['processor']}.",
+    ]
+    return "\n".join(lines)
+
+
+def claims() -> str:
+    """What pruning was asked to reach, and what it reached."""
+    rows = {row["name"]: row for row in _document()["rows"]}
+    whole = rows[REFERENCE]
+
+    def lost(row: Mapping[str, Any]) -> float:
+        return 100.0 * float(whole["attribute_accuracy"] - row["attribute_accuracy"])
+
+    made: list[tuple[str, str, str, bool]] = []
+    for percent in (10, 20, 30):
+        made.append(_beats(rows, f"{percent} %"))
+    made += [_beats(rows, name) for name in ("2:4", *(f"{percent} % of weights" for percent in (30, 50, 70)))]
+    plain, distilled = rows["OBS-Diff, 20 %"], rows["OBS-Diff, 20 %, distilled"]
+    made.append(("20 % structured: attributes", "at most 4 points lower", f"{-lost(plain):+.1f}", lost(plain) <= 4))
+    for name, row in {"20 % structured, distilled": distilled}.items():
+        fewer = 1 - row["bytes"] / whole["bytes"]
+        made.append((f"{name}: attributes", "at most 1 point lower", f"{-lost(row):+.1f}", lost(row) <= 1))
+        made.append((f"{name}: bytes", "at least 18 % fewer", f"{fewer:.0%}", fewer >= 0.18))
+        made.append((f"{name}: a call", "at least 1.15x", f"{row['call_speedup']:.2f}x", row["call_speedup"] >= 1.15))
+    lines = ["| on `shapes` | asked | reached | |", "|---|---|--:|---|"]
+    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
+    return "\n".join(lines)
+
+
+def _beats(rows: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str, str, bool]:
+    """Whether OBS-Diff is nearer to the whole network than the nearest rival, by median and mean."""
+    own = rows[f"OBS-Diff, {name}"]
+    rivals = [rows[f"{method}, {name}"] for method in ("Wanda", "L1", "magnitude") if f"{method}, {name}" in rows]
+    keys = ("latent_rel_l2_median", "latent_rel_l2")
+    pairs = [(own[key], min(row[key] for row in rivals)) for key in keys]
+    got = ", ".join(f"{ours:.3f} : {theirs:.3f}" for ours, theirs in pairs)
+    return f"{name}: latent error against the best rival, median, mean", "lower", got, all(a < b for a, b in pairs)
