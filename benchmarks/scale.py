@@ -5,8 +5,8 @@
 `create` writes the pipeline; `compress` calibrates it with 8 prompts (`--prompts`) at 4 steps, quantizes to INT8,
 caches every other step and exports, each graph compared with torch on the way; `parity` runs one call of the shipped
 denoiser on a backend against torch; `engines` builds for one target. `--sizes` adds engines of the denoiser alone in
-FP16, INT8 and INT4, for their bytes. Every stage is a process of its own, so that its peak is its own, and is not
-repeated once it is done: a broken run goes on. Rows of other models stay in the file.
+FP16, INT8 and INT4, for their bytes; `--stage prune` prunes a fifth of it. Every stage is a process of its own, so that
+its peak is its own, and is not repeated once it is done: a broken run goes on. Rows of other models stay in the file.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from diffpress.errors import DiffpressError
 
 PROMPTS, STEPS, INTERVAL, TARGET = 8, 4, 2, "sm89"
 STAGES = ("create", "compress", "parity", "engines")
+PRUNE = "prune"  # when asked for
 FORMATS = ("fp16", "int8", "int4")
 Found = dict[str, Any]
 
@@ -122,6 +123,24 @@ def parity(folder: Path, name: str, options: Mapping[str, Any]) -> Found:
     }
 
 
+def prune(folder: Path, name: str, options: Mapping[str, Any]) -> Found:
+    """A fifth of the denoiser's parameters pruned by structure, alike everywhere; nothing is exported."""
+    from diffpress import api
+    from diffpress.compress.recipe import load
+    from diffpress.compress.run import run
+
+    passes = [{"prune-structured": {"ratio": 0.2, "allocation": "uniform"}}]
+    chosen = load(recipe(folder / "prune.yaml", passes, options["prompts"]))
+    work = api.begin(str(folder / "model"), chosen, quiet=True)
+    (done,) = run(chosen.built(), work)
+    return {
+        "prompts": options["prompts"],
+        "steps": STEPS,
+        "passes": [{"name": done.name, "summary": done.summary, "seconds": done.seconds}],
+        "parameters": sum(parameter.numel() for parameter in work.denoiser.parameters()),
+    }
+
+
 def engines(folder: Path, name: str, options: Mapping[str, Any]) -> Found:
     """Engines of everything that a run needs, for one target."""
     from diffpress import api
@@ -195,6 +214,7 @@ STAGE: dict[str, Callable[[Path, str, Mapping[str, Any]], Found]] = {
     "compress": compress,
     "parity": parity,
     "engines": engines,
+    "prune": prune,
     **{f"engine {kind}": partial(engine, kind=kind) for kind in FORMATS},
 }
 
@@ -258,7 +278,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=("sd15", "sd21", "sdxl"), default=[])
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="those to have run at the end")
+    parser.add_argument(
+        "--stage", nargs="+", choices=(*STAGES, PRUNE), default=list(STAGES), help="those to have run at the end"
+    )
     parser.add_argument("--sizes", action="store_true", help="build the denoiser in FP16, INT8 and INT4, too")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="that calibrate; larger models take long on a CPU")
     parser.add_argument("--work", type=Path, default=Path("runs/scale"), help="models and bundles live here")
@@ -274,7 +296,7 @@ def main() -> None:
         parser.error("give --model and --json")
     size = {"divide": options.divide, "pixels": options.pixels}
     asked = {**size, "prompts": options.prompts}
-    stages = [*(stage for stage in STAGES if stage in options.stage)]
+    stages = [*(stage for stage in (*STAGES, PRUNE) if stage in options.stage)]
     stages += [f"engine {kind}" for kind in FORMATS] if options.sizes else []
     for name in options.model:
         for stage in stages:

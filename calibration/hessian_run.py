@@ -145,10 +145,12 @@ def save(hessians: Mapping[str, Hessian], folder: Path) -> None:
         blocks = {str(index): block.cpu() for index, block in enumerate(hessian.blocks)}
         save_file(blocks, partial / f"{name}.safetensors", {"weight": repr(hessian.weight)})
     (partial / "layers.json").write_text(json.dumps(entries))
-    if folder.exists():  # another process was faster, with the same
-        shutil.rmtree(partial)
-    else:
+    try:
         partial.replace(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster, with the same
+            raise
+        shutil.rmtree(partial)
 
 
 def load(

@@ -227,7 +227,7 @@ def test_a_missing_package_is_named_with_its_extra(
         ("passes: [{cache: {intervall: 3}}]", "unknown key 'intervall'"),
         ("passes: [{cache: {interval: 1}}]", "'interval'"),
         ("passes: [{cache: {interval: often}}]", "'interval'"),
-        ("passes: [distill]", "there is no pass 'distill', choose from: schedule, guidance, quantize"),
+        ("passes: [squeeze]", "there is no pass 'squeeze', choose from: schedule, guidance, prune-structured"),
         ("passes: [{quantize: {format: int3}}]", "'format'"),
         ("passes: [{schedule: {sigmas: [1, 2]}}]", "sigmas rises from 1 to 2"),
         ("passes: [cache, schedule]", "'schedule' has to be the first pass"),

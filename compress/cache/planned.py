@@ -24,9 +24,8 @@ from diffpress.plan import FULL, MadeFor, Plan, StepProgram, listed
 
 ENCODER = "encoder"  # in a program by hand: all of its features
 # Passes that change what the network computes; others decide when it runs, or come after it.
-NETWORK = frozenset(
-    ("quantize", "reconstruct", "temporal", "temporal-table", "finetune", "mixed-precision", "modelopt")
-)
+_ROUNDING = ("quantize", "reconstruct", "temporal", "temporal-table", "finetune", "mixed-precision", "modelopt")
+NETWORK = frozenset((*_ROUNDING, "prune-structured", "prune-nm", "prune-unstructured", "distill"))
 CLOSE = 1e-3  # timesteps apart that are the same; coefficients of the solver, relatively
 DIGITS = 12  # of a digest, for people
 

@@ -66,7 +66,9 @@ def cells(weight: Tensor, layer: LayerQuant) -> Cells:
     units = weight / multiplier / scale
     step = step_of(units, format)
     index = (units / step).floor()
-    return Cells(index * step, step, units / step - index, scale, multiplier, format)
+    fraction = units / step - index
+    # Zeros stay zeros: pruning may have made them.
+    return Cells(index * step, torch.where(weight == 0, 0.0, step), fraction, scale, multiplier, format)
 
 
 def initial(cells: Cells) -> Tensor:

@@ -2,11 +2,12 @@
 
 Errors of different parts are taken as independent, so their squares add up. Of each part the steps on the lower convex
 hull of (saved, squared error) are candidates; taking always the one that costs least for what it saves is optimal but
-for the last step, which saves a little more than was asked (Fox 1966, "Discrete optimization via marginal analysis").
+for the last step, which saves more than was asked (Fox 1966, "Discrete optimization via marginal analysis").
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,13 +43,15 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: float) -> dict[str
     for _, name, _, step in sorted(steps, key=lambda step: step[:3]):  # along a hull the price rises: its order is kept
         if saved >= budget * (1 - SLACK):
             break
+        if step.saved <= chosen[name].saved:  # equal prices may come out of order by rounding
+            continue
         saved += step.saved - chosen[name].saved
         chosen[name] = step
     return chosen
 
 
 def uniform(choices: Mapping[str, Sequence[Choice]], budget: float) -> dict[str, Choice]:
-    """The same share of each part's pieces, as small as meets `budget`; raises `DiffpressError` as `allocate` does."""
+    """The same share of what may go of each part, the least that meets `budget`; raises as `allocate` does."""
     _check(choices, budget)
     shares = sorted({choice.removed / options[-1].removed for options in choices.values() for choice in options[1:]})
     for share in shares:
@@ -61,17 +64,21 @@ def uniform(choices: Mapping[str, Sequence[Choice]], budget: float) -> dict[str,
     return chosen
 
 
+class TooMuch(DiffpressError):
+    """More is asked for than all parts together have."""
+
+
 def _check(choices: Mapping[str, Sequence[Choice]], budget: float) -> None:
     most = sum(options[-1].saved for options in choices.values())
     if budget > most * (1 + SLACK):
-        raise DiffpressError(f"at most {most:.4g} can be saved of the {budget:.4g} that are asked for")
+        raise TooMuch(f"at most {most:.4g} can be saved of the {budget:.4g} that are asked for")
 
 
 def _hull(options: Sequence[Choice]) -> list[Choice]:
     """The choices on the lower convex hull, without those that save nothing more."""
     hull: list[Choice] = []
     for point in options:
-        if hull and point.saved <= hull[-1].saved:
+        if not math.isfinite(point.error) or (hull and point.saved <= hull[-1].saved):
             continue
         while len(hull) > 1 and _above(hull[-2], hull[-1], point):
             hull.pop()
@@ -80,5 +87,5 @@ def _hull(options: Sequence[Choice]) -> list[Choice]:
 
 
 def _above(a: Choice, b: Choice, c: Choice) -> bool:
-    """Whether b lies on or above the line from a to c."""
-    return (b.error - a.error) * (c.saved - a.saved) >= (c.error - a.error) * (b.saved - a.saved)
+    """Whether b lies above the line from a to c; on it, it is a smaller step of the same price."""
+    return (b.error - a.error) * (c.saved - a.saved) > (1 + SLACK) * (c.error - a.error) * (b.saved - a.saved)

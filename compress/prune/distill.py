@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
 from diffpress.calibration.capture import Call
+from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.calibration.structure import widths
 from diffpress.compress import training
@@ -39,8 +40,8 @@ class DistillPass:
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` where nothing is pruned, behind quantization, and without the whole network."""
-        if work.quantization:
-            raise DiffpressError(f"{NAME} trains float weights: put it before quantize, behind the pruning")
+        if work.quantization or work.temporal is not None or len(work.program.variants) > 1:
+            raise DiffpressError(f"{NAME} trains float weights on plain steps: put it right behind the pruning")
         if not touched(work):
             raise DiffpressError(f"{NAME} recovers what pruning lost: put a pruning pass before it in the recipe")
         if work.original is None:
@@ -52,7 +53,9 @@ class DistillPass:
         data = chosen_calls(work.record(), self.calls, work.seed)
         drawn = random.Random(work.seed)
         held = set(drawn.sample(range(len(data)), max(1, round(JUDGED * len(data)))))
-        file = training.state_file(NAME, (self, sorted(touched(work)), work.passes), work, data)
+        if len(data) < 2:
+            raise DiffpressError(f"{NAME}: of {len(data)} recorded calls none is left to judge by: calibrate with more")
+        file = training.state_file(NAME, (self, state_digest(unet)), work, data)
         with on_fastest_device(unet):
             wanted = answers(work, data)
             learned = [index for index in range(len(data)) if index not in held]

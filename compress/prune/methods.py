@@ -15,7 +15,7 @@ Method = Literal["obs", "wanda", "magnitude"]
 BATCHES = {HEADS: 1, NEURONS: 16}  # parts that go at a time before the others' scores are looked at again
 
 
-def columns_gone(
+def prune_structure(
     method: Method, weight: Tensor, hessian: Tensor, structure: Structure, count: int, damping: float
 ) -> Cut:
     """`weight` [out, columns] of a structure's reader without `count` of its parts; `magnitude` is the L1 norm."""
@@ -26,7 +26,7 @@ def columns_gone(
     return saliency.plain_groups(weight, hessian, structure.columns, count, method, strata)
 
 
-def weights_gone(
+def prune_unstructured(
     method: Method, weight: Tensor, hessian: obs.Blocks, ratio: float, damping: float, refine: int
 ) -> Tensor:
     """`weight` [out, columns] with the share `ratio` of it zero."""
@@ -35,7 +35,7 @@ def weights_gone(
     return saliency.plain_unstructured(weight, hessian, ratio, method)
 
 
-def pattern_gone(
+def prune_nm(
     method: Method, weight: Tensor, hessian: obs.Blocks, n_zero: int, m: int, kernel: int, damping: float, refine: int
 ) -> Tensor:
     """`weight` [out, columns] with `n_zero` of each `m` input channels zero at each of a kernel's places."""

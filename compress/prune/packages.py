@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffpress.calibration import processes
 from diffpress.calibration.capture import Call
 from diffpress.calibration.hessian import Hessian, Weighting, alphas, bytes_of
 from diffpress.calibration.hessian_run import collect_in_parts, same_inputs
@@ -28,13 +30,11 @@ from diffpress.compress.work import Work
 
 PARTS = 8  # of the recorded calls: what an interrupted run goes on with, and processes share
 STEEPEST = 6.0  # exponent of an error's growth that is believed
-ROWS = (
-    4096  # tokens of a call that a layer's Hessian takes at most, drawn at random: an image of 32x32 and its negative
-)
+ROWS = 4096  # tokens of a call that a layer's Hessian takes at most, drawn at random: a 64x64 map of one image
 
 
 def split(layers: Mapping[str, nn.Module], packages: int, memory_gb: float, span: int | None = None) -> list[list[str]]:
-    """Module paths in order, in at least so many groups (where there are that many) of at most `memory_gb` each.
+    """Module paths in order, in at least so many groups of at most `memory_gb` each, fewer where there are fewer paths.
 
     A layer that is larger alone is a group of its own. Solving for one layer takes a few times its Hessian besides.
     """
@@ -64,10 +64,12 @@ def collect(
     layers = {name: work.denoiser.get_submodule(name) for name in dict.fromkeys(names)}
     weights, row = alphas(weighting, len(work.sampling.timesteps)), row_of(work.sampling.timesteps)
     parts = [calls[index::PARTS] for index in range(min(PARTS, len(calls)))]
-    key = hashlib.sha256(json.dumps([digest(work, calls), list(layers), weighting, span, ROWS]).encode())
+    key = hashlib.sha256(
+        json.dumps([digest(work, calls), list(layers), weighting, span, ROWS, PARTS, work.seed]).encode()
+    )
     folder = work.scratch / f"hessians-{key.hexdigest()[:16]}"
     leaders = same_inputs(work.run, layers, calls[0])
-    found = collect_in_parts(
+    return collect_in_parts(
         work.run,
         layers,
         parts,
@@ -79,8 +81,14 @@ def collect(
         ROWS,
         work.seed,
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    return found
+
+
+def forget(work: Work) -> None:
+    """Remove the Hessians that were kept for an interrupted run; for when they are used."""
+    processes.wait()  # until all processes have read them
+    if processes.is_main():
+        for folder in work.scratch.glob("hessians-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def digest(work: Work, calls: Sequence[Call]) -> str:
@@ -116,7 +124,7 @@ class State:
         """Keep the tensors of a package, whole or not at all."""
         file = self._file(index)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
         partial.replace(file)
 
@@ -130,8 +138,13 @@ def short(text: str) -> str:
 
 
 def growth(errors: Mapping[int, float]) -> Callable[[float], float]:
-    """The squared error as a power of what goes, through the first and last that were measured (amount -> error)."""
-    points = sorted((amount, max(error, 1e-12) ** 2) for amount, error in errors.items())
+    """The squared error as a power of what goes, through the first and last that were measured (amount -> error).
+
+    Measurements that are not finite do not count.
+    """
+    points = sorted((amount, max(error, 1e-12) ** 2) for amount, error in errors.items() if math.isfinite(error))
+    if not points:  # whatever goes, the network overflows
+        return lambda amount: math.inf if amount else 0.0
     (few, less), (many, more) = points[0], points[-1]
     power = 2.0 if few == many else math.log(max(more / less, 1.0)) / math.log(many / few)
     power = min(max(power, 1.0), STEEPEST)

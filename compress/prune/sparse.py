@@ -20,10 +20,9 @@ from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import unet as family
 from diffpress.compress.names import by_reason, require_matches
-from diffpress.compress.numerics.obs import reconstruction_error
-from diffpress.compress.prune import packages
+from diffpress.compress.prune import packages, structure
 from diffpress.compress.prune.allocate import Choice, allocate
-from diffpress.compress.prune.methods import Method, pattern_gone, weights_gone
+from diffpress.compress.prune.methods import Method, prune_nm, prune_unstructured
 from diffpress.compress.prune.outputs import Outputs
 from diffpress.compress.quantize.samples import chosen_calls
 from diffpress.compress.quantize.sensitivity import Numbers
@@ -39,7 +38,7 @@ SPAN = 8192  # columns of a Hessian's block: two gigabytes while it is solved; w
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PruneUnstructuredPass:
-    """Make the share `ratio` of the weights of linear and convolutional layers zero, wherever they are.
+    """Make the share `ratio` of the weights of the chosen linear and convolutional layers zero, wherever they are.
 
     `allocation` uniform takes the share of every layer, sensitivity spreads it by what that does to the output.
     `exclude` spares layers by shell patterns over their paths, those of the first and last block if it is absent.
@@ -79,7 +78,7 @@ class PruneUnstructuredPass:
                 shares = self._spread(work, chosen, outputs)
 
             def solve(name: str, layer: Any, weight: Tensor, seen: Hessian) -> Tensor:
-                return weights_gone(self.method, weight, seen.blocks, shares[name], self.damping, self.refine)
+                return prune_unstructured(self.method, weight, seen.blocks, shares[name], self.damping, self.refine)
 
             return pruned(self, work, chosen, skipped, outputs, solve)
 
@@ -87,7 +86,7 @@ class PruneUnstructuredPass:
         """The share of each layer that together make `ratio` of all their weights, at the least error."""
         calls = list(work.record())
         known = Numbers(work.scratch / f"{self.name}-sensitivity")
-        context = json.dumps([self.method, self.weighting, self.damping, packages.digest(work, calls)])
+        context = json.dumps([self.method, self.weighting, self.damping, self.refine, packages.digest(work, calls)])
         keys = {(name, level): packages.short(f"{context} {name} {level}") for name in chosen for level in LEVELS}
         missing = {name: layer for name, layer in chosen.items() if any(keys[name, one] not in known for one in LEVELS)}
         for group in packages.split(missing, 1, self.memory_gb, SPAN):
@@ -95,12 +94,14 @@ class PruneUnstructuredPass:
             for name in work.progress(group, "measuring what weights are worth"):
                 whole = chosen[name].weight.data
                 for level in LEVELS:
-                    solved = weights_gone(
+                    solved = prune_unstructured(
                         self.method, whole.flatten(1), seen[name].blocks, level, self.damping, self.refine
                     )
                     chosen[name].weight.data = solved.reshape(whole.shape)
                     known[keys[name, level]] = outputs.error()
                     chosen[name].weight.data = whole
+            del seen
+            packages.forget(work)
         choices = {}
         for name, layer in chosen.items():
             grown = packages.growth({round(level * 100): known[keys[name, level]] for level in LEVELS})
@@ -164,7 +165,7 @@ class PruneNMPass:
 
         def solve(name: str, layer: Any, weight: Tensor, seen: Hessian) -> Tensor:
             kernel = hessian.kernel_of(layer)
-            return pattern_gone(self.method, weight, seen.blocks, self.n, self.m, kernel, self.damping, self.refine)
+            return prune_nm(self.method, weight, seen.blocks, self.n, self.m, kernel, self.damping, self.refine)
 
         with on_fastest_device(work.denoiser):
             outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))
@@ -198,7 +199,6 @@ def pruned(
     """Solve layer by layer, package by package, in place; returns what became of the network, in words."""
     calls = list(work.record())
     state = packages.State(work, settings.name, settings, calls)
-    local: list[float] = []
     for index, group in enumerate(packages.split(chosen, settings.packages, settings.memory_gb, SPAN)):
         done = state.load(index)
         if done is None:
@@ -206,10 +206,13 @@ def pruned(
             done = {}
             for name in work.progress(group, f"pruning package {index + 1}"):
                 layer = chosen[name]
-                done[name] = solve(name, layer, layer.weight.data.flatten(1), seen[name])
-                local.append(reconstruction_error(layer.weight.data.flatten(1), done[name], seen[name].blocks))
+                try:
+                    done[name] = solve(name, layer, layer.weight.data.flatten(1), seen[name])
+                except DiffpressError as error:
+                    raise DiffpressError(f"layer {name} cannot be pruned: {error}") from error
             del seen
             state.save(index, done)
+            packages.forget(work)
         for name in group:
             weight = chosen[name].weight
             weight.data = done[name].reshape(weight.shape).to(weight)
@@ -227,7 +230,13 @@ def pruned(
 
 def layers(name: str, work: Work, exclude: tuple[str, ...] | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The linear and convolutional layers that `exclude` leaves, by path, and why others are left out."""
-    known = family.quantizable(work.denoiser)
+    order = {unit: place for place, unit in enumerate(family.units(work.denoiser))}
+
+    def place(path: str) -> int:
+        """Of the unit in which a layer lies, in forward order."""
+        return next((number for unit, number in order.items() if f"{path}.".startswith(f"{unit}.")), len(order))
+
+    known = dict(sorted(family.quantizable(work.denoiser).items(), key=lambda item: place(item[0])))
     require_matches(f"{name}: exclude", exclude or (), known)
     spared = packages.ends(work.denoiser, known) if exclude is None else exclude
     left = {path: layer for path, layer in known.items() if not any(fnmatch(path, pattern) for pattern in spared)}
@@ -239,7 +248,8 @@ def layers(name: str, work: Work, exclude: tuple[str, ...] | None) -> tuple[dict
 
 
 def check(name: str, work: Work) -> None:
-    """Raise `DiffpressError` behind passes that round or plan on the weights as they are."""
+    """Raise `DiffpressError` behind passes that made zeros, or round or plan on the weights as they are."""
+    structure.check_sparse(work, name)
     if work.quantization:
         raise DiffpressError(f"{name}: {len(work.quantization)} layers are quantized already: put {name} before that")
     if len(work.program.variants) > 1 or work.corrections is not None:

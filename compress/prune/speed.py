@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffpress.compress.prune import structure
+from diffpress.compress.prune.allocate import TooMuch
 from diffpress.compress.prune.structure import NormGroups, Structure
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
@@ -30,7 +31,7 @@ def counts(
         share = min(high, ratio) if probe == 0 else (low + high) / 2
         try:
             candidate = dict(spread(share))
-        except DiffpressError:  # there is not so much to cut
+        except TooMuch:  # there is not so much to cut
             high = share
             continue
         if _speed(work, candidate, norm_groups) <= 1 - ratio:

@@ -33,6 +33,7 @@ __all__ = [
     "NormGroups",
     "Structure",
     "check_order",
+    "check_sparse",
     "cut",
     "flops",
     "latent_size",
@@ -107,6 +108,7 @@ def cut(unet: Any, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = 
 
 def check_order(work: Work, name: str) -> None:
     """Raises `DiffpressError` where an earlier pass decided for widths that pass `name` would change."""
+    check_sparse(work, name)
     if work.temporal is not None:
         raise DiffpressError(f"{name}: a temporal table has the old widths: put {name} before temporal-table")
     if work.quantization:
@@ -148,6 +150,15 @@ def flops(
         if found.kind == HEADS:
             total += _products(found, positions) * found.count
     return {path: _flops(shadow, found, positions) for path, found in known.items()}, total
+
+
+def check_sparse(work: Work, name: str) -> None:
+    """Raises `DiffpressError` behind a pass that made zeros, which compensation would fill."""
+    if work.sparse:
+        raise DiffpressError(
+            f"{name}: {len(work.sparse)} layers have zeros already, which it would fill: put {name} before that, or "
+            "leave one of them out"
+        )
 
 
 def latent_size(unet: Any) -> tuple[int, int]:

@@ -9,10 +9,9 @@ the network as it is cut so far. How much of each structure goes follows from wh
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -22,10 +21,10 @@ from torch import Tensor
 from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import texts
-from diffpress.compress.names import require_matches
+from diffpress.compress.names import by_reason, require_matches
 from diffpress.compress.prune import packages, speed, structure
-from diffpress.compress.prune.allocate import Choice, allocate, uniform
-from diffpress.compress.prune.methods import Method, columns_gone
+from diffpress.compress.prune.allocate import Choice, TooMuch, allocate, uniform
+from diffpress.compress.prune.methods import Method, prune_structure
 from diffpress.compress.prune.norms import cut_evenly
 from diffpress.compress.prune.outputs import Outputs
 from diffpress.compress.prune.structure import CHANNELS, NormGroups, Structure
@@ -62,9 +61,9 @@ class PruneStructuredPass:
     packages: Annotated[int, Field(ge=1, description="module packages, each with a run over the recorded calls")] = 4
     memory_gb: Annotated[float, Field(gt=0, description="of Hessians at a time; more packages where it is less")] = 4.0
     multiple: Annotated[int, Field(ge=1)] = structure.MULTIPLE
-    norm_groups: Annotated[NormGroups, Field(description="how channels leave ResBlocks, see structure.structures")] = (
-        "whole"
-    )
+    norm_groups: Annotated[
+        NormGroups, Field(description="channels leave ResBlocks by whole norm groups, or evenly out of all")
+    ] = "whole"
     damping: Annotated[float, Field(gt=0)] = 0.01
 
     def requires(self, work: Work) -> None:
@@ -95,7 +94,7 @@ class PruneStructuredPass:
         with on_fastest_device(unet):
             outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))
             counts = self._counts(work, chosen, outputs)
-            state = packages.State(work, NAME, self, calls)
+            state = packages.State(work, NAME, (self, sorted(counts.items())), calls)
             for index, group in enumerate(self._groups(work, chosen, counts, self.packages)):
                 done = state.load(index)
                 if done is None:
@@ -106,6 +105,7 @@ class PruneStructuredPass:
                         done |= {f"{path} kept": torch.tensor(kept), f"{path} weight": weight}
                     del seen
                     state.save(index, done)
+                    packages.forget(work)
                 for path in group:
                     reader = unet.get_submodule(chosen[path].reader)
                     reader.weight.data = done[f"{path} weight"].reshape(reader.weight.shape).to(reader.weight)
@@ -119,15 +119,23 @@ class PruneStructuredPass:
         after = sum(parameter.numel() for parameter in unet.parameters())
         return (
             f"{1 - after / before:.1%} of the parameters left with {self._told(chosen, counts)}; error of the output "
-            f"on recorded calls {error:.2%}"
+            f"on recorded calls {error:.2%}{self._skipped(unet)}"
         )
+
+    def _skipped(self, unet: Any) -> str:
+        """What could not be cut, in words."""
+        found = structure.unsupported(unet)
+        return "".join(f"; left whole: {said} ({why})" for why, _, said in by_reason(found))
 
     def _solved(
         self, work: Work, one: Structure, seen: Mapping[str, Hessian], count: int
     ) -> tuple[Sequence[int], Tensor]:
         """The parts of a structure that stay when `count` go, and its reader's weight [out, columns] then."""
         weight = work.denoiser.get_submodule(one.reader).weight.detach().flatten(1)
-        gone = columns_gone(self.method, weight, seen[one.reader].matrix, one, count, self.damping)
+        try:
+            gone = prune_structure(self.method, weight, seen[one.reader].matrix, one, count, self.damping)
+        except DiffpressError as error:
+            raise DiffpressError(f"{one.path} cannot be cut: {error}") from error
         return gone.kept.tolist(), gone.weight
 
     def _groups(self, work: Work, chosen: Mapping[str, Structure], paths: Iterable[str], count: int) -> list[list[str]]:
@@ -160,9 +168,9 @@ class PruneStructuredPass:
         spread = allocate if errors else uniform
         try:
             picked = spread(choices, share * total)
-        except DiffpressError as error:
+        except TooMuch as error:
             most = sum(options[-1].saved for options in choices.values()) / total
-            raise DiffpressError(
+            raise TooMuch(
                 f"{NAME}: ratio {share:g} of the denoiser's {budget} is more than the {most:.2f} that all it may cut "
                 "have: lower it, or relax exclude, kinds or multiple"
             ) from error
@@ -172,7 +180,9 @@ class PruneStructuredPass:
         """The output's relative error when a structure alone loses so many parts, measured at `LEVELS` of them."""
         calls = list(work.record())
         known = Numbers(work.scratch / f"{NAME}-sensitivity")
-        context = json.dumps([self.method, self.weighting, self.damping, packages.digest(work, calls)])
+        context = json.dumps(
+            [self.method, self.weighting, self.damping, self.norm_groups, packages.digest(work, calls)]
+        )
         found: dict[str, dict[int, float]] = {path: {} for path in chosen}
 
         def key(path: str, count: int) -> str:
@@ -194,10 +204,11 @@ class PruneStructuredPass:
                     reader.weight.data = weight.reshape(whole.shape).to(whole)
                     known[key(path, count)] = outputs.error()
                     reader.weight.data = whole
+            del seen
+            packages.forget(work)
         for path, counts in wanted.items():
             for count in counts:
-                measured = known[key(path, count)]
-                found[path][count] = measured if math.isfinite(measured) else math.inf
+                found[path][count] = known[key(path, count)]
         return found
 
     def _told(self, chosen: Mapping[str, Structure], counts: Mapping[str, int]) -> str:

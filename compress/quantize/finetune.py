@@ -221,6 +221,10 @@ class Student:
                 self.inputs[name] = InputScales(layer, weight)
         for name in trained:
             self.values[f"{name}.weight"] = self._start(name).requires_grad_()
+        # Of pruned layers: what was made zero stays zero.
+        self._stays = {
+            f"{name}.weight": work.denoiser.get_submodule(name).weight != 0 for name in trained if name in work.sparse
+        }
         for name in selection.time:
             bias = work.denoiser.get_submodule(name).bias
             if bias is not None:
@@ -295,6 +299,8 @@ class Student:
         """A weight that learns as it stands on its grid, straight-through; other values as they are."""
         name, _, kind = path.rpartition(".")
         layer = self.work.quantization.get(name)
+        if path in self._stays:
+            value = value * self._stays[path]
         if kind != "weight" or layer is None or not value.requires_grad:
             return value
         scale, format = torch.from_numpy(layer.weight_scale).to(value), get(layer.weight_format)
@@ -320,6 +326,7 @@ class Student:
             parameter = unet.get_parameter(path)
             self.work.originals.setdefault(path, parameter.data)
             layer = quantization.get(name)
+            value = value * self._stays[path] if path in self._stays else value
             learned = value.detach() if kind == "bias" or layer is None else rounded_weight(value.detach(), layer)
             parameter.data = learned.to(parameter.data)
         rows = []

@@ -139,7 +139,7 @@ def test_the_network_has_to_be_the_same(begin: Callable[..., Work], tmp_path: Pa
 def test_every_pass_is_known_to_change_the_network_or_not() -> None:
     for name, kind in PASSES.items():
         package = kind.__module__.split(".")[2]
-        assert (name in NETWORK) == (package in ("quantize", "temporal")), name
+        assert (name in NETWORK) == (package in ("prune", "quantize", "temporal")), name
 
 
 def test_guidance_of_a_plan(begin: Callable[..., Work], tmp_path: Path) -> None:
