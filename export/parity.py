@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from diffpress.bundle import DIALECT
 from diffpress.errors import DiffpressError, require
 
 FLOAT_TOLERANCE = 1e-4  # relative L2 error of any output
+MAP = 512 * 512  # positions of an output up to which that holds: norms sum over maps, and sums round
 NOISE = 1e-5  # relative, about what two float libraries differ by after a few layers
 DRAWS = 4  # of the noise: which values fall over the edge is chance
 AMPLIFIED = 5  # times the largest answer of a network to such noise
@@ -54,8 +56,14 @@ def expected(module: nn.Module, inputs: Mapping[str, Tensor], names: Sequence[st
     return Expected(
         {name: value.numpy() for name, value in inputs.items()},
         {name: tensor.numpy() for name, tensor in zip(names, exact, strict=True)},
-        max(FLOAT_TOLERANCE, AMPLIFIED * max(errors)),
+        max(FLOAT_TOLERANCE * _rounding(exact), AMPLIFIED * max(errors)),
     )
+
+
+def _rounding(outputs: Sequence[Tensor]) -> float:
+    """By how much more the sums over a large map [..., H, W] round: as the root of how many numbers they add."""
+    largest = max((math.prod(output.shape[2:]) for output in outputs if output.ndim == 4), default=0)
+    return max(1.0, math.sqrt(largest / MAP))
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

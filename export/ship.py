@@ -148,17 +148,20 @@ def ship(
     refused: dict[str, list[lint.Finding]] = {}  # by graph, what TensorRT cannot take or does not fuse
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     expected: dict[str, list[Expected]] = {}
-    with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization, keep):
-        specs = denoiser_specs(denoiser, plan, latent, text, constant)
-        if controlnet:
-            specs[CONTROLNET] = controlnet_spec(denoiser, specs[FULL])
-        models = _models(specs, shipped, sampling, progress, refused)
+    with settled(denoiser, plan.quantization, keep):
+        with graphs.plain_attention(denoiser):
+            specs = denoiser_specs(denoiser, plan, latent, text, constant)
+            if controlnet:
+                specs[CONTROLNET] = controlnet_spec(denoiser, specs[FULL])
+            models = _models(specs, shipped, sampling, progress, refused)
         rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
         dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
         store.save({**models, **dialects}, folder / "unet")
         written = {*models, *dialects}
         del models, rewritten, dialects  # their weights are in the file, and large
-        with simulated(denoiser, shipped, sampling.timesteps, keep):
+        with simulated(
+            denoiser, shipped, sampling.timesteps, keep
+        ):  # attention without its matrix, which is large, too
             for name, spec in progress(specs.items(), "computing what graphs have to give"):
                 batches = sorted({2, *plan.program.halves(name)})  # of one image
                 expected[name] = [_expected(spec, size) for size in batches]

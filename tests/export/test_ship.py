@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from diffpress import bundle as bundles
@@ -15,6 +16,7 @@ from diffpress.api import compress
 from diffpress.bundle import Bundle
 from diffpress.compress.recipe import presets
 from diffpress.errors import DiffpressError
+from diffpress.export import parity
 from diffpress.plan import Plan
 from diffpress.runtime.pipeline import Pipeline
 
@@ -151,3 +153,8 @@ def test_parity_refuses_a_graph_that_computes_something_else(made: Any, tmp_path
     inputs = {"latent_sample": torch.randn(2, 4, 8, 8)}
     with pytest.raises(DiffpressError, match="differs from torch"):
         parity.check(made("fp32").path / "vae_decoder" / "model.onnx", Other(), inputs, ("sample",))
+
+
+def test_the_tolerance_grows_with_the_sums_over_large_maps() -> None:
+    assert parity._rounding([torch.zeros(1, 3, 512, 512), torch.zeros(1, 9)]) == 1.0
+    assert parity._rounding([torch.zeros(1, 1, 1024, 1024)]) == 2.0
