@@ -1,8 +1,8 @@
 """Every way of pruning `shapes`: `python -m diffpress.benchmarks.pruning [--quick] --json FILE`.
 
 Each row is a recipe, run in a process of its own, so that its memory is its own; its denoiser is exported and draws the
-same prompts and seeds as the whole one in the same inference library. Rows are made two at a time and kept in the work
-folder; times are taken in the end, alone and alternating. Goes on where it was stopped.
+same prompts and seeds as the whole one in the same inference library. Rows are made two at a time, a thread each, and kept
+in the work folder; times of calls are taken in the end, alone and alternating. Goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -105,7 +106,7 @@ def prune(task: Mapping[str, Any]) -> dict[str, Any]:
 
     recipe, folder = Recipe.model_validate(task["recipe"]), Path(task["folder"])
     work = api.begin("shapes", recipe, steps=task["steps"], quiet=True)
-    work.scratch = Path(task["scratch"])  # shared: rows that begin alike measure the same sensitivity
+    work.scratch = Path(task["scratch"])  # its own: nothing that another row measured makes it look cheap
     done = run(recipe.built(), work)
     peak = high_water_bytes()
     bits_w, bits_a = bits(work.quantization)
@@ -134,19 +135,21 @@ def made(name: str, row: Row, place: Path, steps: int) -> dict[str, Any]:
     """The row's entry without what drawing tells, from an earlier run or from a process of its own."""
     file = place / f"{file_name(name)}.json"
     if not file.exists():
-        task = {"recipe": row.document(name), "steps": steps, "folder": str(place / file_name(name) / "unet")}
+        own = place / file_name(name)
+        task = {"recipe": row.document(name), "steps": steps, "folder": str(own / "unet")}
         source = Path(diffpress.__file__).parents[1]
         path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
         threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
         command = [sys.executable, "-m", "diffpress.benchmarks.pruning", "--task"]
         done = subprocess.run(
-            [*command, json.dumps({**task, "scratch": str(place / "unfinished")})],
+            [*command, json.dumps({**task, "scratch": str(own / "unfinished")})],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
         )
         if done.returncode:
             raise DiffpressError(f"row '{name}' ended with {done.returncode}; the same command goes on from it")
+        shutil.rmtree(own / "unfinished", ignore_errors=True)
         partial_file = file.with_suffix(".partial")
         partial_file.write_text(done.stdout.splitlines()[-1], "utf-8")
         partial_file.replace(file)

@@ -147,4 +147,3 @@ def test_lsq_finds_a_better_scale_than_it_was_given() -> None:
         (adaround.lsq(x, scale, format) - x).square().mean().backward()
         optimizer.step()
     assert (adaround.lsq(x, scale, format) - x).square().mean() < 0.3 * before
-
