@@ -1,8 +1,8 @@
 """Every way of pruning `shapes`: `python -m diffpress.benchmarks.pruning [--quick] --json FILE`.
 
 Each row is a recipe, run in a process of its own, so that its memory is its own; its denoiser is exported and draws the
-same prompts and seeds as the whole one in the same inference library. Rows are made two at a time, a thread each, and kept
-in the work folder; times of calls are taken in the end, alone and alternating. Goes on where it was stopped.
+same prompts and seeds as the whole one in the same inference library. Rows are made two at a time, a thread each, and
+kept in the work folder; times of calls are taken in the end, alone and alternating. Goes on where it was stopped.
 """
 
 from __future__ import annotations

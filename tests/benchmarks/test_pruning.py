@@ -13,7 +13,7 @@ from diffpress.errors import DiffpressError
 
 def test_rows_are_recipes_and_every_method_has_its_rivals() -> None:
     rows = pruning.table()
-    assert list(rows)[0] == pruning.REFERENCE and rows[pruning.REFERENCE].passes == ()
+    assert next(iter(rows)) == pruning.REFERENCE and rows[pruning.REFERENCE].passes == ()
     for name, row in rows.items():
         row.recipe(name).built()
     for kind in ("10 %", "20 %", "30 %", "2:4", "30 % of weights", "50 % of weights", "70 % of weights"):
