@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
-FOLDERS = ("benchmarks", "calibration", "compress", "export", "runtime")
+FOLDERS = ("benchmarks", "calibration", "compress", "engines", "export", "runtime")
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:

@@ -233,12 +233,14 @@ def test_operations_are_those_that_torch_counts(networks: Mapping[str, Any], nam
     from diffusers.models.attention_processor import AttnProcessor
 
     unet = copy.deepcopy(networks[name])
-    found, each, before = structures(unet), flops(unet, 8, 8, 5), counted(unet)
+    found, (each, total), before = structures(unet), flops(unet, 8, 8, 5), counted(unet)
+    assert total == before
     kept = {path: some(entry) for path, entry in found.items()}
     cut(unet, kept)
     gone = sum(each[path] * (found[path].count - len(numbers)) for path, numbers in kept.items())
     assert counted(unet) == before - gone
-    again = flops(unet, 8, 8, 5)
+    again, left = flops(unet, 8, 8, 5)
+    assert left == before - gone
     assert all(again[path] == each[path] for path in kept)
 
 

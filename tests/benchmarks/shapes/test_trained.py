@@ -86,6 +86,6 @@ def test_engines_of_balanced_build_for_three_generations(bundle: Bundle) -> None
 
     built = engines.build(bundle, ["sm86", "sm89", "sm120"], progress=False)
     found = {(entry["target"], Path(entry["path"]).stem) for entry in built.manifest["engines"]}
-    graphs = ("full", "cached", "text_encoder", "vae_decoder")
+    graphs = ("full", "cached", "text_encoder", "vae_decoder", "vae_encoder")
     assert found == {(target, graph) for target in ("sm86", "sm89", "sm120") for graph in graphs}
     assert bundles.problems(built) == []
