@@ -118,7 +118,7 @@ class PruneStructuredPass:
         work.originals.clear()  # they have the old widths; from here on this network is what others are compared with
         after = sum(parameter.numel() for parameter in unet.parameters())
         return (
-            f"{1 - after / before:.1%} of the parameters left with {self._told(chosen, counts)}; error of the output "
+            f"{1 - after / before:.1%} of the parameters removed: {self._told(chosen, counts)}; error of the output "
             f"on recorded calls {error:.2%}{self._skipped(unet)}"
         )
 
