@@ -22,7 +22,7 @@ from diffpress.compress.families import unet as family
 from diffpress.compress.names import by_reason, require_matches
 from diffpress.compress.prune import packages, structure
 from diffpress.compress.prune.allocate import Choice, allocate
-from diffpress.compress.prune.methods import Method, prune_nm, prune_unstructured
+from diffpress.compress.prune.methods import Method, collected, prune_nm, prune_unstructured
 from diffpress.compress.prune.outputs import Outputs
 from diffpress.compress.quantize.samples import chosen_calls
 from diffpress.compress.quantize.sensitivity import Numbers
@@ -77,8 +77,8 @@ class PruneUnstructuredPass:
             if self.allocation == "sensitivity":
                 shares = self._spread(work, chosen, outputs)
 
-            def solve(name: str, layer: Any, weight: Tensor, seen: Hessian) -> Tensor:
-                return prune_unstructured(self.method, weight, seen.blocks, shares[name], self.damping, self.refine)
+            def solve(name: str, layer: Any, weight: Tensor, seen: Hessian | None) -> Tensor:
+                return prune_unstructured(self.method, weight, seen, shares[name], self.damping, self.refine)
 
             return pruned(self, work, chosen, skipped, outputs, solve)
 
@@ -90,12 +90,12 @@ class PruneUnstructuredPass:
         keys = {(name, level): packages.short(f"{context} {name} {level}") for name in chosen for level in LEVELS}
         missing = {name: layer for name, layer in chosen.items() if any(keys[name, one] not in known for one in LEVELS)}
         for group in packages.split(missing, 1, self.memory_gb, SPAN):
-            seen = packages.collect(work, group, calls, self.weighting, SPAN)
+            seen = collected(self.method, work, group, calls, self.weighting, SPAN)
             for name in work.progress(group, "measuring what weights are worth"):
                 whole = chosen[name].weight.data
                 for level in LEVELS:
                     solved = prune_unstructured(
-                        self.method, whole.flatten(1), seen[name].blocks, level, self.damping, self.refine
+                        self.method, whole.flatten(1), seen[name], level, self.damping, self.refine
                     )
                     chosen[name].weight.data = solved.reshape(whole.shape)
                     known[keys[name, level]] = outputs.error()
@@ -163,9 +163,9 @@ class PruneNMPass:
         """Prune in place; says how many weights are zero and what that did to the output."""
         chosen, skipped = self.chosen(work)
 
-        def solve(name: str, layer: Any, weight: Tensor, seen: Hessian) -> Tensor:
+        def solve(name: str, layer: Any, weight: Tensor, seen: Hessian | None) -> Tensor:
             kernel = hessian.kernel_of(layer)
-            return prune_nm(self.method, weight, seen.blocks, self.n, self.m, kernel, self.damping, self.refine)
+            return prune_nm(self.method, weight, seen, self.n, self.m, kernel, self.damping, self.refine)
 
         with on_fastest_device(work.denoiser):
             outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))
@@ -178,6 +178,8 @@ class Settings(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def method(self) -> Method: ...
+    @property
     def weighting(self) -> Weighting: ...
     @property
     def packages(self) -> int: ...
@@ -185,7 +187,9 @@ class Settings(Protocol):
     def memory_gb(self) -> float: ...
 
 
-Solve = Callable[[str, Any, Tensor, Hessian], Tensor]  # path, layer, weight [out, columns], its Hessian -> the weight
+Solve = Callable[
+    [str, Any, Tensor, Hessian | None], Tensor
+]  # path, layer, weight [out, columns], its Hessian -> the weight
 
 
 def pruned(
@@ -202,7 +206,7 @@ def pruned(
     for index, group in enumerate(packages.split(chosen, settings.packages, settings.memory_gb, SPAN)):
         done = state.load(index)
         if done is None:
-            seen = packages.collect(work, group, calls, settings.weighting, SPAN)
+            seen = collected(settings.method, work, group, calls, settings.weighting, SPAN)
             done = {}
             for name in work.progress(group, f"pruning package {index + 1}"):
                 layer = chosen[name]

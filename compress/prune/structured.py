@@ -24,7 +24,7 @@ from diffpress.compress.families import texts
 from diffpress.compress.names import by_reason, require_matches
 from diffpress.compress.prune import packages, speed, structure
 from diffpress.compress.prune.allocate import Choice, TooMuch, allocate, uniform
-from diffpress.compress.prune.methods import Method, prune_structure
+from diffpress.compress.prune.methods import Method, collected, prune_structure
 from diffpress.compress.prune.norms import cut_evenly
 from diffpress.compress.prune.outputs import Outputs
 from diffpress.compress.prune.structure import CHANNELS, NormGroups, Structure
@@ -98,7 +98,7 @@ class PruneStructuredPass:
             for index, group in enumerate(self._groups(work, chosen, counts, self.packages)):
                 done = state.load(index)
                 if done is None:
-                    seen = packages.collect(work, [chosen[path].reader for path in group], calls, self.weighting)
+                    seen = collected(self.method, work, [chosen[path].reader for path in group], calls, self.weighting)
                     done = {}
                     for path in work.progress(group, f"pruning package {index + 1}"):
                         kept, weight = self._solved(work, chosen[path], seen, counts[path])
@@ -128,12 +128,12 @@ class PruneStructuredPass:
         return "".join(f"; left whole: {said} ({why})" for why, _, said in by_reason(found))
 
     def _solved(
-        self, work: Work, one: Structure, seen: Mapping[str, Hessian], count: int
+        self, work: Work, one: Structure, seen: Mapping[str, Hessian | None], count: int
     ) -> tuple[Sequence[int], Tensor]:
         """The parts of a structure that stay when `count` go, and its reader's weight [out, columns] then."""
         weight = work.denoiser.get_submodule(one.reader).weight.detach().flatten(1)
         try:
-            gone = prune_structure(self.method, weight, seen[one.reader].matrix, one, count, self.damping)
+            gone = prune_structure(self.method, weight, seen[one.reader], one, count, self.damping)
         except DiffpressError as error:
             raise DiffpressError(f"{one.path} cannot be cut: {error}") from error
         return gone.kept.tolist(), gone.weight
@@ -195,7 +195,7 @@ class PruneStructuredPass:
         wanted = {path: [count for count in counts if count < chosen[path].count] for path, counts in wanted.items()}
         missing = [path for path, counts in wanted.items() if any(key(path, count) not in known for count in counts)]
         for group in self._groups(work, chosen, missing, 1):
-            seen = packages.collect(work, [chosen[path].reader for path in group], calls, self.weighting)
+            seen = collected(self.method, work, [chosen[path].reader for path in group], calls, self.weighting)
             for path in work.progress(group, "measuring what parts are worth"):
                 reader = work.denoiser.get_submodule(chosen[path].reader)
                 whole = reader.weight.data
