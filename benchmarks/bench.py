@@ -15,7 +15,17 @@ from tqdm import tqdm
 
 from diffpress import bundle as bundles
 from diffpress.benchmarks import candidates, document, machine, memory, plain, prompts, report, scores, speed
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Candidate, Drawn, Reference
+from diffpress.benchmarks.candidates import (
+    COMPRESSED,
+    EXPORT,
+    PLAIN,
+    REFERENCE,
+    RESCHEDULED,
+    STRICT,
+    Candidate,
+    Drawn,
+    Reference,
+)
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
@@ -32,7 +42,7 @@ def bench(
     *,
     prompts_file: Path | None = None,
     uncompressed: Path | None = None,
-    reference: Candidate | None = None,
+    reference: Reference | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
 
@@ -102,7 +112,7 @@ def measure(
     against: str,
     chosen: prompts.Prompts,
     quiet: bool,
-    reference: Candidate | None = None,
+    reference: Reference | None = None,
 ) -> tuple[dict[str, Any], list[report.Picture]]:
     """Everything the report says, and the pictures it shows."""
     from diffpress.runtime.backends import available
@@ -117,13 +127,16 @@ def measure(
     backends = tqdm(available(), desc="trying backends", unit="backend", disable=quiet)
     default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
     backend, precision = default["name"], default["precision"]
+    reference = reference or Reference.load(against, own, scheduler, candidates.loras_of(bundle.manifest))
     pipelines: dict[str, Candidate] = {
-        REFERENCE: reference or Reference.load(against, own, scheduler, candidates.loras_of(bundle.manifest)),
+        REFERENCE: reference,
         EXPORT: Pipeline.load(export, backend, "fp32", sampling=own),
         COMPRESSED: open_compressed(backend, precision),
     }
     if precision != "fp32":
         pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=own)
+    if sampling != own:
+        pipelines[RESCHEDULED] = reference.on(sampling)
     timings = speed.time_all(pipelines, chosen.texts, quiet)
 
     def open_plain(schedule: Sampling) -> Candidate:
@@ -133,7 +146,8 @@ def measure(
         return open_plain(plain.schedules(scheduler, own, steps)[plain.TIMED])
 
     trials = plain.compare(timings, pipelines, open_timed, own.steps, chosen.texts[0], quiet)
-    pipelines.pop(STRICT, None)
+    for name in (STRICT, RESCHEDULED):
+        pipelines.pop(name, None)
     batch, fits, rival = candidates.batch_size(bundle.manifest["latent"]), plain.best(trials), None
     if fits is not None:
         rivals = plain.schedules(scheduler, own, fits.steps)
