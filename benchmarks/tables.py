@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import caching_tables, pruning_tables, scale_tables, steps_tables, verdict
+from diffpress.benchmarks import caching_tables, scale_tables, steps_tables, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -299,9 +299,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "faithful": faithful,
     "presets": presets,
-    "pruning": pruning_tables.pruning,
-    "pruning_all": pruning_tables.pruning_all,
-    "pruning_claims": pruning_tables.claims,
     "quantization": quantization,
     "quantization_all": quantization_all,
     "quantization_claims": quantization_claims,
@@ -318,7 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
 PLOTS = {"steps.svg": steps_tables.plot, "caching.svg": caching_tables.plot}
-DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", "pruning.md", *PLOTS)]
+DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", *PLOTS)]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *DOCS, *RECIPES)
 
 
