@@ -1,4 +1,4 @@
-"""Adam for the passes that learn: it goes on where an interrupted run stopped."""
+"""What the passes that learn share: Adam, which goes on where an interrupted run stopped, and what it is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpress.calibration.capture import Call
 from diffpress.compress.work import Work
@@ -29,6 +29,26 @@ class Group:
     parameters: Mapping[str, Tensor]  # leaves that require gradients; names are unique over all groups
     rate: float
     decays: bool = False
+
+
+class Runner(nn.Module):
+    """The denoiser on a recorded call, as a module whose parameters can be replaced for the time of a call."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.unet, self._run = work.denoiser, work.run
+
+    def forward(self, call: Call) -> Tensor:
+        return self._run(call)
+
+
+def in_turn(iteration: int, count: int, seed: int) -> int:
+    """Which of `count` items an iteration takes: every one comes once, at random, before one comes again.
+
+    The order is that of the iteration's number alone, so a run can stop and go on.
+    """
+    epoch, place = divmod(iteration, count)
+    return int(torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))[place])
 
 
 def state_folder(name: str, settings: object, work: Work, calls: Iterable[Call] = ()) -> Path:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
@@ -63,7 +63,7 @@ class DistillPass:
             masks = {f"{name}.weight": unet.get_submodule(name).weight != 0 for name in work.sparse}
             for value in values.values():
                 value.requires_grad_()
-            runner = _Runner(work)
+            runner = training.Runner(work)
 
             def given() -> dict[str, Tensor]:
                 return {
@@ -71,10 +71,7 @@ class DistillPass:
                 }
 
             def loss(iteration: int) -> Tensor:
-                # Every call comes once before one comes again; the order is that of the number, so a run can stop.
-                epoch, place = divmod(iteration, len(learned))
-                order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(work.seed + epoch))
-                index = learned[int(order[place])]
+                index = learned[training.in_turn(iteration, len(learned), work.seed)]
                 return mse_loss(functional_call(runner, given(), (data[index],)), wanted[index].to(unet.device))
 
             @torch.no_grad()
@@ -116,14 +113,3 @@ def answers(work: Work, calls: list[Call]) -> list[Tensor]:
         return [work.run(call).cpu() for call in work.progress(calls, "asking the whole network")]
     finally:
         work.pipeline.unet = pruned
-
-
-class _Runner(nn.Module):
-    """The denoiser on a recorded call, as a module whose parameters can be replaced for the time of a call."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        self.unet, self._run = work.denoiser, work.run
-
-    def forward(self, call: Call) -> Tensor:
-        return self._run(call)
