@@ -6,7 +6,6 @@ term: Kim et al. 2023, Section 3.2). Weights that pruning made zero stay zero.
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.calibration.structure import widths
 from diffpress.compress import training
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.quantize.samples import chosen_calls
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
@@ -76,12 +76,10 @@ class DistillPass:
 
             @torch.no_grad()
             def error() -> float:
-                away = total = 0.0
-                for index in held:
-                    target = wanted[index].double()
-                    output = functional_call(runner, given(), (data[index],)).cpu().double()
-                    away, total = away + float((output - target).square().sum()), total + float(target.square().sum())
-                return math.sqrt(away / max(total, 1e-30))
+                return relative_l2(
+                    (functional_call(runner, given(), (data[index],)).cpu().double(), wanted[index].double())
+                    for index in held
+                )
 
             before = error()
             groups = [training.Group(values, self.rate, decays=True)]

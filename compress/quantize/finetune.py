@@ -11,7 +11,6 @@ by the full-precision model, too, and that is the target.
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress import training
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import Clock, rounded_weight
 from diffpress.compress.quantize.samples import chosen_calls
@@ -310,11 +310,7 @@ class Student:
     @torch.no_grad()
     def error(self, calls: Sequence[Call]) -> float:
         """||output - target|| / ||target|| over `calls`."""
-        away = total = 0.0
-        for call in calls:
-            target, output = self.full_precision(call)[1].double(), self(call)[1].double()
-            away, total = away + float((output - target).square().sum()), total + float(target.square().sum())
-        return math.sqrt(away / max(total, 1e-30))
+        return relative_l2((self(call)[1].double(), self.full_precision(call)[1].double()) for call in calls)
 
     def install(self, calls: Sequence[Call]) -> None:
         """Put what was learned on `calls` into the model, weights exactly on their grid, and into the plan."""

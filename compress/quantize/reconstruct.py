@@ -10,7 +10,6 @@ TFMQ-DM, Section 4.1).
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import unet as family
 from diffpress.compress.names import require_matches
 from diffpress.compress.numerics import adaround
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import replaced, rounded_weight, simulated
 from diffpress.compress.quantize.samples import Samples, capture, chosen_calls, hidden_state
@@ -321,11 +321,8 @@ def _loss(got: Tensor, wanted: Tensor, power: float) -> Tensor:
 @torch.no_grad()
 def _error(simulation: _Simulation, data: Samples, batch: int) -> float:
     """||y - y'|| / ||y|| over all samples."""
-    total = 0.0
-    for start in range(0, len(data.targets), batch):
-        part = data.at(slice(start, start + batch))
-        total += float((simulation(part) - part.targets).double().square().sum())
-    return math.sqrt(total / max(float(data.targets.double().square().sum()), 1e-30))
+    parts = (data.at(slice(start, start + batch)) for start in range(0, len(data.targets), batch))
+    return relative_l2((simulation(part), part.targets) for part in parts)
 
 
 def save(learned: Learned, file: Path) -> None:
