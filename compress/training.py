@@ -68,6 +68,14 @@ def state_file(name: str, settings: object, work: Work, calls: Iterable[Call] = 
     return state_folder(name, settings, work, calls).with_suffix(".safetensors")
 
 
+def save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors, from any device, to a safetensors file: whole or not there, also when several processes do."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(file)
+
+
 def descend(
     loss: Callable[[int], Tensor],
     groups: Sequence[Group],
@@ -106,11 +114,7 @@ def _save(file: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimi
     for name, parameter in named.items():
         state = optimizer.state.get(parameter, {})  # none before its first gradient
         tensors |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
-    tensors["done"] = torch.tensor(done)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(file)
+    save(tensors | {"done": torch.tensor(done)}, file)
 
 
 def _restore(file: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
