@@ -78,6 +78,12 @@ def conditions(unet: Any, tokens: int = 1) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def latent_size(unet: Any) -> tuple[int, int]:
+    """Height and width of the latents that a U-Net is made for."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 def _pairs(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
     attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
     return list(zip(block.resnets, attentions, strict=True))

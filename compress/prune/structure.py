@@ -36,7 +36,6 @@ __all__ = [
     "check_sparse",
     "cut",
     "flops",
-    "latent_size",
     "rebuild",
     "structures",
     "unsupported",
@@ -159,12 +158,6 @@ def check_sparse(work: Work, name: str) -> None:
             f"{name}: {len(work.sparse)} layers have zeros already, which it would fill: put {name} before that, or "
             "leave one of them out"
         )
-
-
-def latent_size(unet: Any) -> tuple[int, int]:
-    """Height and width of the latents that a U-Net is made for."""
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _flops(unet: nn.Module, found: Parts, positions: Mapping[str, int]) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import texts
+from diffpress.compress.families import unet as family
 from diffpress.compress.names import by_reason, require_matches
 from diffpress.compress.prune import packages, speed, structure
 from diffpress.compress.prune.allocate import Choice, TooMuch, allocate, uniform
@@ -236,6 +237,5 @@ def _costs(
     if budget == "balanced":
         pairs = [_costs(work, chosen, one, norm_groups) for one in ("parameters", "flops")]
         return {path: sum(each[path] / total for each, total in pairs) / len(pairs) for path in chosen}, 1.0
-    size = structure.latent_size(unet)
-    each, total = structure.flops(unet, *size, texts.tokens(work.pipeline), norm_groups)
+    each, total = structure.flops(unet, *family.latent_size(unet), texts.tokens(work.pipeline), norm_groups)
     return {path: float(each[path]) for path in chosen}, float(total)
