@@ -56,7 +56,7 @@ class PruneUnstructuredPass:
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` behind quantization, and where patterns match or leave nothing."""
-        check(self.name, work)
+        structure.check_order(work, self.name, widths_change=False)
         self.chosen(work)
 
     @property
@@ -138,7 +138,7 @@ class PruneNMPass:
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` behind quantization, for patterns that are none, and where no layer fits."""
-        check(self.name, work)
+        structure.check_order(work, self.name, widths_change=False)
         if self.n >= self.m:
             raise DiffpressError(f"{self.name}: {self.n} zeros in every {self.m} leave nothing: n must be below m")
         self.chosen(work)
@@ -249,12 +249,3 @@ def layers(name: str, work: Work, exclude: tuple[str, ...] | None) -> tuple[dict
     if not found:
         raise DiffpressError(f"{name}: the exclude patterns leave no layer to prune")
     return found, reasons
-
-
-def check(name: str, work: Work) -> None:
-    """Raise `DiffpressError` behind passes that made zeros, or round or plan on the weights as they are."""
-    structure.check_sparse(work, name)
-    if work.quantization:
-        raise DiffpressError(f"{name}: {len(work.quantization)} layers are quantized already: put {name} before that")
-    if len(work.program.variants) > 1 or work.corrections is not None:
-        raise DiffpressError(f"{name}: the cache was planned on the network as it is: put {name} before it")

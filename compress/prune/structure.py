@@ -33,7 +33,6 @@ __all__ = [
     "NormGroups",
     "Structure",
     "check_order",
-    "check_sparse",
     "cut",
     "flops",
     "rebuild",
@@ -105,10 +104,17 @@ def cut(unet: Any, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = 
     cutting.keep(unet, kept, norm_groups)
 
 
-def check_order(work: Work, name: str) -> None:
-    """Raises `DiffpressError` where an earlier pass decided for widths that pass `name` would change."""
-    check_sparse(work, name)
-    if work.temporal is not None:
+def check_order(work: Work, name: str, *, widths_change: bool = True) -> None:
+    """Raises `DiffpressError` where an earlier pass decided for weights, or widths, that pass `name` would change.
+
+    And where one made zeros, which compensation would fill.
+    """
+    if work.sparse:
+        raise DiffpressError(
+            f"{name}: {len(work.sparse)} layers have zeros already, which it would fill: put {name} before that, or "
+            "leave one of them out"
+        )
+    if widths_change and work.temporal is not None:
         raise DiffpressError(f"{name}: a temporal table has the old widths: put {name} before temporal-table")
     if work.quantization:
         raise DiffpressError(f"{name}: {len(work.quantization)} layers are quantized already: put {name} before that")
@@ -149,15 +155,6 @@ def flops(
         if found.kind == HEADS:
             total += _products(found, positions) * found.count
     return {path: _flops(shadow, found, positions) for path, found in known.items()}, total
-
-
-def check_sparse(work: Work, name: str) -> None:
-    """Raises `DiffpressError` behind a pass that made zeros, which compensation would fill."""
-    if work.sparse:
-        raise DiffpressError(
-            f"{name}: {len(work.sparse)} layers have zeros already, which it would fill: put {name} before that, or "
-            "leave one of them out"
-        )
 
 
 def _flops(unet: nn.Module, found: Parts, positions: Mapping[str, int]) -> int:
