@@ -8,7 +8,7 @@ and up layer k consumes skip `len(up) - 1 - k`. A cache at branch b keeps the hi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,16 @@ def units(unet: Any) -> dict[str, nn.Module]:
         ordered += [layer.resnet, layer.attention, layer.resample]
     paths = {id(module): name for name, module in unet.named_modules()}
     return {paths[id(module)]: module for module in ordered if module is not None}
+
+
+def in_forward_order(unet: Any, paths: Iterable[str]) -> list[str]:
+    """Module paths in the order of the units in which they lie, and as they were within one; others come last."""
+    order = list(units(unet))
+
+    def place(path: str) -> int:
+        return next((index for index, unit in enumerate(order) if f"{path}.".startswith(f"{unit}.")), len(order))
+
+    return sorted(paths, key=place)
 
 
 def narrowed(unet: Any) -> dict[str, list[int]]:

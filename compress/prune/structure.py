@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffpress.calibration import parts as cutting
 from diffpress.calibration.parts import CHANNELS, HEADS, NEURONS, NormGroups, Parts
 from diffpress.calibration.structure import rebuild, whole, widths
-from diffpress.compress.families.unet import conditions, units
+from diffpress.compress.families.unet import conditions, in_forward_order
 from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
@@ -83,11 +83,9 @@ def structures(unet: Any, multiple: int = MULTIPLE, norm_groups: NormGroups = "w
     blocked = next((found for found in known.values() if found.blocked), None)
     if blocked is not None:
         raise DiffpressError(f"nothing can be cut at '{blocked.path}': {blocked.blocked}")
-    order = {path: index for index, path in enumerate(units(unet))}
-    ordered = sorted(
-        known.values(), key=lambda found: order.get(found.path.split(".transformer_blocks.")[0], len(order))
-    )
-    return {found.path: _structure(unet, found, multiple) for found in ordered if found.count > 1}
+    return {
+        path: _structure(unet, known[path], multiple) for path in in_forward_order(unet, known) if known[path].count > 1
+    }
 
 
 def unsupported(unet: nn.Module) -> dict[str, str]:

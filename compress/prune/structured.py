@@ -22,7 +22,7 @@ from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import texts
 from diffpress.compress.families import unet as family
-from diffpress.compress.names import by_reason, require_matches
+from diffpress.compress.names import phrases, require_matches
 from diffpress.compress.prune import packages, speed, structure
 from diffpress.compress.prune.allocate import Choice, TooMuch, allocate, uniform
 from diffpress.compress.prune.methods import Method, collected, prune_structure
@@ -125,8 +125,7 @@ class PruneStructuredPass:
 
     def _skipped(self, unet: Any) -> str:
         """What could not be cut, in words."""
-        found = structure.unsupported(unet)
-        return "".join(f"; left whole: {said} ({why})" for why, _, said in by_reason(found))
+        return "".join(f"; left whole: {phrase}" for phrase in phrases(structure.unsupported(unet)))
 
     def _solved(
         self, work: Work, one: Structure, seen: Mapping[str, Hessian | None], count: int
