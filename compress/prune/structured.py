@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffpress.calibration.capture import Call
 from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import texts
@@ -94,7 +95,7 @@ class PruneStructuredPass:
         before = sum(parameter.numel() for parameter in unet.parameters())
         with on_fastest_device(unet):
             outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))
-            counts = self._counts(work, chosen, outputs)
+            counts = self._counts(work, chosen, outputs, calls)
             state = packages.State(work, NAME, (self, sorted(counts.items())), calls)
             for index, group in enumerate(self._groups(work, chosen, counts, self.packages)):
                 done = state.load(index)
@@ -142,48 +143,43 @@ class PruneStructuredPass:
         readers = {path: work.denoiser.get_submodule(chosen[path].reader) for path in chosen if path in set(paths)}
         return packages.split(readers, count, self.memory_gb)
 
-    def _counts(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, int]:
-        """How many parts leave each structure, of those that lose some."""
-        if self.budget == "latency":
-
-            def spread(share: float) -> dict[str, int]:
-                return self._spread(work, chosen, outputs, "parameters", share)
-
-            found = speed.counts(work, self.ratio, spread, self.norm_groups)
-        else:
-            found = self._spread(work, chosen, outputs, self.budget, self.ratio)
-        return {path: count for path, count in found.items() if count}
-
-    def _spread(
-        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, budget: str, share: float
+    def _counts(
+        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, calls: Sequence[Call]
     ) -> dict[str, int]:
-        """The same for a share of the denoiser's parameters or operations."""
+        """How many parts leave each structure, of those that lose some."""
+        budget = "parameters" if self.budget == "latency" else self.budget
         each, total = _costs(work, chosen, budget, self.norm_groups)
-        errors = self._errors(work, chosen, outputs) if self.allocation == "sensitivity" else None
+        errors = self._errors(work, chosen, outputs, calls) if self.allocation == "sensitivity" else None
         choices = {}
         for path, one in chosen.items():
             removed = [one.count - left for left in reversed(one.counts)]
             grown = packages.growth(errors[path]) if errors else (lambda count: 0.0)
             choices[path] = [Choice(count, each[path] * count, grown(count)) for count in removed]
-        spread = allocate if errors else uniform
-        try:
-            picked = spread(choices, share * total)
-        except TooMuch as error:
-            most = sum(options[-1].saved for options in choices.values()) / total
-            raise TooMuch(
-                f"{NAME}: ratio {share:g} of the denoiser's {budget} is more than the {most:.2f} that all it may cut "
-                "have: lower it, or relax exclude, kinds or multiple"
-            ) from error
-        return {path: choice.removed for path, choice in picked.items()}
 
-    def _errors(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, dict[int, float]]:
+        def spread(share: float) -> dict[str, int]:
+            """The same for a share of the denoiser's parameters or operations."""
+            try:
+                picked = (allocate if errors else uniform)(choices, share * total)
+            except TooMuch as error:
+                most = sum(options[-1].saved for options in choices.values()) / total
+                raise TooMuch(
+                    f"{NAME}: ratio {share:g} of the denoiser's {budget} is more than the {most:.2f} that all it may "
+                    "cut have: lower it, or relax exclude, kinds or multiple"
+                ) from error
+            return {path: choice.removed for path, choice in picked.items()}
+
+        latency = self.budget == "latency"
+        found = speed.counts(work, self.ratio, spread, self.norm_groups) if latency else spread(self.ratio)
+        return {path: count for path, count in found.items() if count}
+
+    def _errors(
+        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, calls: Sequence[Call]
+    ) -> dict[str, dict[int, float]]:
         """The output's relative error when a structure alone loses so many parts, measured at `LEVELS` of them."""
-        calls = list(work.record())
         known = Numbers(work.scratch / f"{NAME}-sensitivity")
         context = json.dumps(
             [self.method, self.weighting, self.damping, self.norm_groups, packages.digest(work, calls)]
         )
-        found: dict[str, dict[int, float]] = {path: {} for path in chosen}
 
         def key(path: str, count: int) -> str:
             return packages.short(f"{context} {path} {count}")
@@ -206,10 +202,7 @@ class PruneStructuredPass:
                     reader.weight.data = whole
             del seen
             packages.forget(work)
-        for path, counts in wanted.items():
-            for count in counts:
-                found[path][count] = known[key(path, count)]
-        return found
+        return {path: {count: known[key(path, count)] for count in counts} for path, counts in wanted.items()}
 
     def _told(self, chosen: Mapping[str, Structure], counts: Mapping[str, int]) -> str:
         parts = []
