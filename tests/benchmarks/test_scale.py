@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffpress.benchmarks import scale, scale_models
+from diffpress.benchmarks import isolated, scale, scale_models
 from diffpress.calibration.model import load_pipeline
 from diffpress.errors import DiffpressError
 from diffpress.runtime.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def test_stages_are_run_once_and_rows_replaced(tmp_path: Path, monkeypatch: pyte
     first = scale.row(work, "sd15", "create", options)
     assert first["model"] == "sd15" and first["stage"] == "create"
     assert first["seconds"] > 0 and first["peak_rss_bytes"] > 1 << 27
-    monkeypatch.setattr(scale, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
+    monkeypatch.setattr(isolated, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     assert scale.row(work, "sd15", "create", options) == first
     file = tmp_path / "scale.json"
     scale.written(file, [first, {"model": "sdxl", "stage": "create", "seconds": 1.0}], options)
