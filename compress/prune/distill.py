@@ -51,10 +51,9 @@ class DistillPass:
         """Train, or go on where an interrupted run stopped; says what became of the output's error."""
         unet = work.denoiser
         data = chosen_calls(work.record(), self.calls, work.seed)
-        drawn = random.Random(work.seed)
-        held = set(drawn.sample(range(len(data)), max(1, round(JUDGED * len(data)))))
         if len(data) < 2:
             raise DiffpressError(f"{NAME}: of {len(data)} recorded calls none is left to judge by: calibrate with more")
+        held = set(random.Random(work.seed).sample(range(len(data)), max(1, round(JUDGED * len(data)))))
         file = training.state_file(NAME, (self, state_digest(unet)), work, data)
         with on_fastest_device(unet):
             wanted = answers(work, data)
