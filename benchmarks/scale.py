@@ -241,19 +241,30 @@ def row(folder: Path, name: str, stage: str, options: Mapping[str, Any]) -> Foun
 def _do(task: Mapping[str, Any]) -> Found:
     started = time.perf_counter()
     found = STAGE[task["stage"]](Path(task["folder"]), task["model"], task)
-    return {"seconds": time.perf_counter() - started, "peak_rss_bytes": high_water_bytes(), **found}
+    told = {"seconds": time.perf_counter() - started, "peak_rss_bytes": high_water_bytes()}
+    return {**told, "machine": machine.machine(), **found}
 
 
 def written(file: Path, rows: Sequence[Found], options: Mapping[str, Any]) -> Found:
-    """The document with `rows` in place of those of the same model and stage, written to `file`."""
-    known: list[Found] = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    """The document with `rows` in place of those of the same model and stage, written to `file`.
+
+    The document's machine is this one. A row that was measured on another has a `machine` of its own: the one that it
+    brings, or that of the document in which it stood.
+    """
+    before: Found = json.loads(file.read_text("utf-8")) if file.is_file() else {"rows": []}
     replaced = {(entry["model"], entry["stage"]) for entry in rows}
-    kept = [entry for entry in known if (entry["model"], entry["stage"]) not in replaced]
+    kept = [entry for entry in before["rows"] if (entry["model"], entry["stage"]) not in replaced]
+    here = machine.machine()
+
+    def placed(entry: Found, default: Found) -> Found:
+        own, rest = entry.get("machine", default), {key: value for key, value in entry.items() if key != "machine"}
+        return rest if own == here else {**rest, "machine": own}
+
     document = {
-        "machine": machine.machine(),
+        "machine": here,
         "versions": machine.versions(),
         **{key: value for key, value in options.items() if value not in (None, 1)},
-        "rows": [*kept, *rows],
+        "rows": [*(placed(entry, before["machine"]) for entry in kept), *(placed(entry, here) for entry in rows)],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
