@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 import zlib
@@ -24,14 +23,12 @@ from typing import Any
 
 import numpy as np
 
-import diffpress
 from diffpress import api
-from diffpress.benchmarks import candidates, prompts, scores
+from diffpress.benchmarks import candidates, isolated, prompts, scores
 from diffpress.benchmarks.latency import alternate, paired_ratio
 from diffpress.benchmarks.memory import high_water_bytes
 from diffpress.benchmarks.quantization import bits, deploying, stored_bytes
 from diffpress.benchmarks.recipe_rows import BATCH, Row, file_name, head
-from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, StepProgram
 from diffpress.runtime import backends
 from diffpress.runtime.pipeline import Pipeline
@@ -138,27 +135,14 @@ def prune(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def made(name: str, row: Row, place: Path, steps: int) -> dict[str, Any]:
     """The row's entry without what drawing tells, from an earlier run or from a process of its own."""
-    file = place / f"{file_name(name)}.json"
-    if not file.exists():
-        own = place / file_name(name)
-        task = {"recipe": row.document(name), "steps": steps, "folder": str(own / "unet")}
-        source = Path(diffpress.__file__).parents[1]
-        path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
-        threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
-        command = [sys.executable, "-m", "diffpress.benchmarks.pruning", "--task"]
-        done = subprocess.run(
-            [*command, json.dumps({**task, "scratch": str(own / "unfinished")})],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
-        )
-        if done.returncode:
-            raise DiffpressError(f"row '{name}' ended with {done.returncode}; the same command goes on from it")
-        shutil.rmtree(own / "unfinished", ignore_errors=True)
-        partial_file = file.with_suffix(".partial")
-        partial_file.write_text(done.stdout.splitlines()[-1], "utf-8")
-        partial_file.replace(file)
-    return {"name": name, "group": row.group, **json.loads(file.read_text("utf-8"))}
+    own = place / file_name(name)
+    scratch = own / "unfinished"
+    task = {"recipe": row.document(name), "steps": steps, "folder": str(own / "unet"), "scratch": str(scratch)}
+    threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    file, what = place / f"{file_name(name)}.json", f"row '{name}'"
+    found = isolated.kept(file, "diffpress.benchmarks.pruning", task, what, OMP_NUM_THREADS=threads)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return {"name": name, "group": row.group, **found}
 
 
 def pipeline(exported: Pipeline, entry: Mapping[str, Any], backend: str) -> Pipeline:

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffpress.calibration.conditions import TEXT, Text, named
-from diffpress.compress.families.unet import branches, conditions, down_layers, time_embedding, units, up_layers
+from diffpress.compress.families.unet import (
+    branches,
+    conditions,
+    down_layers,
+    in_forward_order,
+    time_embedding,
+    up_layers,
+)
 from diffpress.compress.numerics.lookup import RowOf
 from diffpress.errors import DiffpressError
 from diffpress.plan import EARLIER, Corrections
@@ -62,8 +69,7 @@ def modules(unet: Any) -> dict[str, str]:
             found[path] = "transformer"
         elif last in ("attn1", "attn2", "ff") and ".transformer_blocks." in path:
             found[path] = last
-    order = {path: index for index, path in enumerate(units(unet))}
-    return dict(sorted(found.items(), key=lambda item: order[item[0].split(".transformer_blocks.")[0]]))
+    return {path: found[path] for path in in_forward_order(unet, found)}
 
 
 def check_features(unet: Any, names: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffpress.benchmarks import pruning, pruning_tables
+from diffpress.benchmarks import isolated, pruning, pruning_tables
 from diffpress.errors import DiffpressError
 
 
@@ -32,7 +32,7 @@ def test_a_row_that_is_there_is_not_made_again_and_one_that_fails_is_not_there(
         asked.append(json.loads(command[-1]))
         return SimpleNamespace(returncode=int(len(asked) == 1), stdout='a line\n{"params": 5}\n')
 
-    monkeypatch.setattr(pruning, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    monkeypatch.setattr(isolated, "subprocess", SimpleNamespace(run=run, PIPE=None))
     row = pruning.table()["OBS-Diff, 2:4"]
     with pytest.raises(DiffpressError, match="row 'OBS-Diff, 2:4' ended with 1"):
         pruning.made("OBS-Diff, 2:4", row, tmp_path, 20)
