@@ -57,6 +57,11 @@ class PruneUnstructuredPass:
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` behind quantization, and where patterns match or leave nothing."""
         structure.check_order(work, self.name, widths_change=False)
+        if self.allocation == "sensitivity" and self.ratio > MOST:
+            raise DiffpressError(
+                f"{self.name}: a ratio of {self.ratio:g} cannot be spread, no layer may lose more than {MOST:g}: "
+                "lower it, or take allocation: uniform"
+            )
         self.chosen(work)
 
     @property
@@ -108,7 +113,7 @@ class PruneUnstructuredPass:
             steps = [MOST * index / (FINEST - 1) for index in range(FINEST)]
             choices[name] = [Choice(n, step * layer.weight.numel(), grown(step * 100)) for n, step in enumerate(steps)]
         total = sum(layer.weight.numel() for layer in chosen.values())
-        found = allocate(choices, min(self.ratio, MOST) * total)
+        found = allocate(choices, self.ratio * total)
         return {name: choice.saved / chosen[name].weight.numel() for name, choice in found.items()}
 
 

@@ -223,6 +223,10 @@ def test_distillation_needs_calls_to_learn_from_and_to_judge_by(fresh: Fresh, co
         (PruneStructuredPass(exclude=("*",)), "nothing is left that could be cut"),
         (PruneUnstructuredPass(exclude=("*",)), "the exclude patterns leave no layer to prune"),
         (PruneUnstructuredPass(exclude=("nothing",)), "prune-unstructured: exclude pattern 'nothing' matches no layer"),
+        (
+            PruneUnstructuredPass(ratio=0.97, allocation="sensitivity"),
+            "a ratio of 0.97 cannot be spread, no layer may lose more than 0.95",
+        ),
         (PruneNMPass(n=4, m=4), "4 zeros in every 4 leave nothing"),
     ],
 )
