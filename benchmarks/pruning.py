@@ -57,36 +57,36 @@ def table() -> dict[str, Row]:
     rows = {REFERENCE: Row("reference", (), quick=True)}
 
     def add(name: str, group: str, *passes: Any, quick: bool = False) -> None:
+        assert name not in rows
         rows[name] = Row(group, passes, CALIBRATION, quick)
 
     names = {"magnitude": "L1", "wanda": "Wanda", "obs": "OBS-Diff"}
-    for percent in (10, 20, 30, 40, 50):
+    for percent in (10, 20, 30, 40):
         for method, said in names.items():
             quick = percent == 30 and method != "wanda"
             add(f"{said}, {percent} %", "structured", structured(percent / 100, method=method), quick=quick)
-        if percent > 10:
+        if percent in (20, 40):
             passes = (structured(percent / 100), DISTILL)
             add(f"OBS-Diff, {percent} %, distilled", "structured", *passes)
+    both = {"budget": "balanced", "norm_groups": "even"}
     for percent in (20, 40):
         share = percent / 100
         add(f"uniform, {percent} %", "structured otherwise", structured(share, allocation="uniform"))
         add(f"even norm groups, {percent} %", "structured otherwise", structured(share, norm_groups="even"))
         add(f"{percent} % of operations", "structured otherwise", structured(share, budget="flops"))
-        both = {"budget": "balanced", "norm_groups": "even"}
         add(f"{percent} % of both, even norm groups", "structured otherwise", structured(share, **both))
-        passes = (structured(share, **both), DISTILL)
-        add(f"{percent} % of both, even norm groups, distilled", "structured otherwise", *passes)
+    passes = (structured(0.2, **both), DISTILL)
+    add("20 % of both, even norm groups, distilled", "structured otherwise", *passes)
     for method, said in (names | {"magnitude": "magnitude"}).items():
         add(f"{said}, 2:4", "2:4", {"prune-nm": {"method": method}}, quick=method == "obs")
         for percent in (30, 50, 70):
             add(f"{said}, {percent} % of weights", "unstructured", unstructured(percent / 100, method=method))
     add("OBS-Diff, 2:4, distilled", "2:4", {"prune-nm": {}}, DISTILL)
-    add("OBS-Diff, 70 % of weights, distilled", "unstructured", unstructured(0.7), DISTILL)
     add("OBS-Diff, 70 % of weights by sensitivity", "unstructured", unstructured(0.7, allocation="sensitivity"))
     add("OBS-Diff, 2:4, no refinement", "2:4", {"prune-nm": {"refine": 0}})
     for weighting in ("uniform", "linear", "log-increase"):
-        add(f"{weighting}, 40 %", "weighting of steps", structured(0.4, weighting=weighting))
-        add(f"{weighting}, 2:4", "weighting of steps", {"prune-nm": {"weighting": weighting}})
+        add(f"weighting {weighting}, 40 %", "weighting of steps", structured(0.4, weighting=weighting))
+        add(f"weighting {weighting}, 2:4", "weighting of steps", {"prune-nm": {"weighting": weighting}})
     quantize, cache = {"quantize": {"format": "int8"}}, {"cache": {"interval": 2, "branch": 0}}
     for name, pruning in {"structured 40 %": structured(0.4), "2:4": {"prune-nm": {}}}.items():
         add(f"{name}, INT8", "together", pruning, quantize)
