@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from diffpress.benchmarks.candidates import (
     Drawn,
     Reference,
 )
+from diffpress.benchmarks.gates import gathered, judge
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
@@ -43,8 +44,12 @@ def bench(
     prompts_file: Path | None = None,
     uncompressed: Path | None = None,
     reference: Reference | None = None,
+    gates: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
+
+    It is judged by the gates of its recipe and those given, and marked as failed where one fails (`gates.check`
+    then raises); passing all of them takes the mark away, and where there are none it stays as it is.
 
     `uncompressed` is a folder for the export without compression, made if absent and used if it fits; without one it
     is made in a temporary place. `reference` is the diffusers pipeline, opened if
@@ -54,10 +59,12 @@ def bench(
         raise DiffpressError(f"--images is {images}: at least 1 is needed")
     opened = bundles.load(bundle_path)
     check_model(opened, against)
+    wanted = gathered(opened.manifest, gates)
     chosen = prompts.choose(images, _is_shapes(against), prompts_file)
     with _uncompressed(opened, against, uncompressed, quiet) as export:
         result, pictures = measure(opened, export, against, chosen, quiet, reference)
-    result["reproduce"] = document.commands(Path(bundle_path), against, images, opened.manifest)
+    result |= judge(result, wanted)
+    result["reproduce"] = document.commands(Path(bundle_path), against, images, opened.manifest, map(str, wanted))
     result = document.finite(result)
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if json_file is not None:
@@ -158,7 +165,12 @@ def measure(
     result = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **document.subject(bundle, sampling, own),
-        "prompts": {"source": chosen.source, "count": len(chosen.texts), "seeds": f"0..{len(chosen.texts) - 1}"},
+        "prompts": {
+            "source": chosen.source,
+            "count": len(chosen.texts),
+            "seeds": f"0..{len(chosen.texts) - 1}",
+            "digest": chosen.digest,
+        },
         **document.speed(timings, precision),
         "size_bytes": document.sizes(bundle),
         "peak_rss_bytes": _peaks(bundle, export, against, default, chosen.texts[0], quiet),
@@ -224,4 +236,5 @@ def _into(bundle: Bundle, files: dict[str, str], result: dict[str, Any]) -> None
         for part in parts.values():
             part.unlink(missing_ok=True)
     measured = {key: result[key] for key in ("latency", "speedup", "quality")}
-    bundles.update(bundle, measured=measured, default_backend=result["backend"])
+    judged = {"gates": result["gates"], "failed": not result["passed"]} if result["gates"] else {}
+    bundles.update(bundle, measured=measured, default_backend=result["backend"], **judged)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -125,14 +125,17 @@ def subject(bundle: Bundle, sampling: Sampling, own: Sampling) -> dict[str, Any]
     }
 
 
-def commands(bundle: Path, against: str, images: int, manifest: Mapping[str, Any]) -> list[str]:
+def commands(
+    bundle: Path, against: str, images: int, manifest: Mapping[str, Any], gates: Iterable[str] = ()
+) -> list[str]:
     """What to type to get this report again."""
     recipe, sampling = manifest.get("recipe", {}).get("name", "RECIPE"), manifest.get("reference", manifest)["sampling"]
     model, place = shlex.quote(against), shlex.quote(str(bundle))
+    judged = "".join(f" --gate {shlex.quote(gate)}" for gate in gates)
     return [
         f"diffpress compress {model} --recipe {recipe} --steps {sampling['steps']} "
         f"--seed {manifest.get('seed', 0)} --output {place}",
-        f"diffpress bench {place} --against {model} --images {images}",
+        f"diffpress bench {place} --against {model} --images {images}{judged}",
     ]
 
 

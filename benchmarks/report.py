@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.benchmarks import quality, sections, verdict
+from diffpress.benchmarks import gates, quality, sections, verdict
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, REFERENCE
 from diffpress.benchmarks.pictures import DIFFERENCE_GAIN, LOSSLESS_SIDE, data_uri, difference
 from diffpress.benchmarks.verdict import milliseconds, size
@@ -45,6 +45,7 @@ def render(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         "quality": escape(found.quality),
         "tiles": _tiles(report),
         "faults": _faults(report["faults"]),
+        "gates": gates.section(report),
         "rival": found.rival,
         "rival_text": escape(found.rival_text),
         **_pictures(report, pictures),
