@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn
 from diffpress.benchmarks.markup import COLOURS, TIMES
-from diffpress.benchmarks.plain import Rival, Trial
 from diffpress.benchmarks.plots import LEFT, RIGHT, WIDTH, nice_ticks, steps_between, svg, text
 from diffpress.benchmarks.scores import distances
+
+if TYPE_CHECKING:
+    from diffpress.benchmarks.plain import Rival, Trial
 
 TRIAL = "trial"  # a plain schedule that was tried and is not the rival
 SAME_DB = 60.0  # above this, 8-bit pictures differ by one level in one pixel of fifteen: nobody sees how much above
 HEIGHT = 330
 TOP, BOTTOM = 34, 50
 LETTER, LINE = 9.4, 20.0  # of a name on the plot at its largest, on a phone, in the plot's own units
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def first(drawn: Drawn, count: int) -> Drawn:
@@ -130,9 +134,6 @@ def plot(found: Sequence[Mapping[str, Any]], named: Mapping[str, str]) -> str:
         if row["name"] in named:
             body.append(_name(named[row["name"]], x_of(row["speedup"]), y_of(_quality(row)), taken))
     return svg("".join(body), "quality against speed", HEIGHT)
-
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def _name(name: str, x: float, y: float, taken: list[Box]) -> str:
