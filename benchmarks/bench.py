@@ -14,7 +14,19 @@ from typing import Any
 from tqdm import tqdm
 
 from diffpress import bundle as bundles
-from diffpress.benchmarks import candidates, document, machine, memory, plain, prompts, report, scores, speed
+from diffpress.benchmarks import (
+    candidates,
+    card,
+    document,
+    front,
+    machine,
+    memory,
+    plain,
+    prompts,
+    report,
+    scores,
+    speed,
+)
 from diffpress.benchmarks.candidates import (
     COMPRESSED,
     EXPORT,
@@ -55,6 +67,8 @@ def bench(
     is made in a temporary place. `reference` is the diffusers pipeline, opened if
     absent. Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
     """
+    from diffpress.calibration.model import folder_of
+
     if images < 1:
         raise DiffpressError(f"--images is {images}: at least 1 is needed")
     opened = bundles.load(bundle_path)
@@ -64,12 +78,17 @@ def bench(
     with _uncompressed(opened, against, uncompressed, quiet) as export:
         result, pictures = measure(opened, export, against, chosen, quiet, reference)
     result |= judge(result, wanted)
-    result["reproduce"] = document.commands(Path(bundle_path), against, images, opened.manifest, map(str, wanted))
+    if folder_of(against) is None:
+        result["model"]["hub"] = against
+    result["reproduce"] = document.commands(
+        Path(bundle_path), against, images, opened.manifest, map(str, wanted), prompts=prompts_file
+    )
     result = document.finite(result)
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     if json_file is not None:
         json_file.write_text(text, "utf-8")
-    _into(opened, {"report.json": text, "report.html": report.render(result, pictures)}, result)
+    page = report.render(result, pictures)
+    _into(opened, {"report.json": text, "report.html": page, "README.md": card.card(result)}, result)
     return result
 
 
@@ -153,14 +172,15 @@ def measure(
         return open_plain(plain.schedules(scheduler, own, steps)[plain.TIMED])
 
     trials = plain.compare(timings, pipelines, open_timed, own.steps, chosen.texts[0], quiet)
-    for name in (STRICT, RESCHEDULED):
-        pipelines.pop(name, None)
-    batch, fits, rival = candidates.batch_size(bundle.manifest["latent"]), plain.best(trials), None
-    if fits is not None:
-        rivals = plain.schedules(scheduler, own, fits.steps)
-        rival, fewer = plain.best_schedule(rivals, open_plain, pipelines[REFERENCE], chosen.texts, batch, quiet)
-        pipelines[PLAIN] = fewer
-    drawn = _draw_all(pipelines, chosen.texts, batch, quiet)
+    pipelines.pop(RESCHEDULED, None)
+    batch, texts = candidates.batch_size(bundle.manifest["latent"]), chosen.texts
+    same = {}  # the export in the same precision is compared with quality against speed alone
+    if STRICT in pipelines:
+        same[STRICT] = candidates.draw(pipelines.pop(STRICT), texts[:KEPT], range(len(texts[:KEPT])), batch)
+    rival = plain.rival(trials, scheduler, own, open_plain, pipelines[REFERENCE], texts, batch, quiet)
+    if rival is not None:
+        pipelines[PLAIN] = rival.candidate
+    drawn = _draw_all(pipelines, texts, batch, quiet) | same
     judging = scores.Judging(chosen)
     result = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -175,14 +195,17 @@ def measure(
         "size_bytes": document.sizes(bundle),
         "peak_rss_bytes": _peaks(bundle, export, against, default, chosen.texts[0], quiet),
         **document.quality(drawn, judging, same_schedule=sampling == own),
-        PLAIN: document.fewer_steps(trials, rival, drawn, judging, default),
+        PLAIN: document.fewer_steps(trials, rival.schedule if rival else None, drawn, judging, default),
+        "pictures": document.pictures(drawn, chosen.texts),
+        "layers": document.layers(bundle),
         "faults": scores.all_faults(drawn),
         "backend": default,
         "backends_tried": tried,
         "machine": machine.machine(),
         "versions": machine.versions(),
     }
-    return result, _pictures(drawn, chosen.texts)
+    result["candidates"] = front.rows(result["speedup"], result["same_precision"], trials, drawn, rival)
+    return result, _pictures(drawn, result["pictures"])
 
 
 def _draw_all(pipelines: dict[str, Candidate], texts: list[str], batch: int, quiet: bool) -> dict[str, Drawn]:
@@ -211,14 +234,14 @@ def _peaks(
     return {name: memory.peak_rss(task) for name, task in bar}
 
 
-def _pictures(drawn: dict[str, Drawn], texts: list[str]) -> list[report.Picture]:
+def _pictures(drawn: dict[str, Drawn], shown: list[dict[str, Any]]) -> list[report.Picture]:
     reference, compressed, fewer = drawn[REFERENCE], drawn[COMPRESSED], drawn.get(PLAIN)
     return [
         report.Picture(
-            texts[index], index, note, reference.pixels[index], compressed.pixels[index],
-            None if fewer is None else fewer.pixels[index],
+            place, reference.pixels[row["image"]], compressed.pixels[row["image"]],
+            None if fewer is None else fewer.pixels[row["image"]],
         )
-        for index, note in scores.shown(reference, compressed)
+        for place, row in enumerate(shown)
     ]  # fmt: skip
 
 

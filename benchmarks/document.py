@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from diffpress.benchmarks import quality as quality_of
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, RESCHEDULED, STRICT, Drawn
 from diffpress.benchmarks.latency import paired_ratio, summary
 from diffpress.benchmarks.plain import Trial, best
-from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step
+from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step, shown
 from diffpress.benchmarks.speed import Timings
 from diffpress.bundle import Bundle, denoiser_bytes
-from diffpress.inspection import corrections_of, program_rows
+from diffpress.inspection import corrections_of, layer_rows, program_rows
 from diffpress.plan import Sampling, StepProgram
 
 
@@ -113,6 +115,7 @@ def subject(bundle: Bundle, sampling: Sampling, own: Sampling) -> dict[str, Any]
         "bundle": bundle.path.resolve().name,
         "model": dict(manifest.get("model", {})),
         "recipe": manifest.get("recipe", {}).get("name"),
+        "recipe_in_full": manifest.get("recipe"),
         "passes": list(manifest.get("passes", [])),
         "sampling": {name: getattr(sampling, name) for name in names},
         "reference": {name: getattr(own, name) for name in names},
@@ -125,18 +128,53 @@ def subject(bundle: Bundle, sampling: Sampling, own: Sampling) -> dict[str, Any]
     }
 
 
-def commands(
-    bundle: Path, against: str, images: int, manifest: Mapping[str, Any], gates: Iterable[str] = ()
-) -> list[str]:
-    """What to type to get this report again."""
-    recipe, sampling = manifest.get("recipe", {}).get("name", "RECIPE"), manifest.get("reference", manifest)["sampling"]
-    model, place = shlex.quote(against), shlex.quote(str(bundle))
-    judged = "".join(f" --gate {shlex.quote(gate)}" for gate in gates)
+def pictures(drawn: Mapping[str, Drawn], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The images that the page shows: of what prompt and seed, why ("" or "worst"), how far from the reference."""
+    reference, compressed = drawn[REFERENCE], drawn[COMPRESSED]
+    psnr = quality_of.psnr(compressed.pixels, reference.pixels)
     return [
-        f"diffpress compress {model} --recipe {recipe} --steps {sampling['steps']} "
+        {"image": index, "prompt": texts[index], "seed": index, "note": note, "psnr_db": float(psnr[index])}
+        for index, note in shown(reference, compressed)
+    ]
+
+
+def layers(bundle: Bundle) -> list[dict[str, Any]]:
+    """What each layer of the denoiser became: weights, formats decided and shipped, bytes before and after."""
+    kept = ("layer", "kind", "shape", "format", "ships_as", "exact", "bytes", "error")
+    return [
+        {name: row.get(name) for name in kept} | {"float_bytes": 4 * math.prod(row["shape"])}
+        for row in layer_rows(bundle)
+    ]
+
+
+def commands(
+    bundle: Path,
+    against: str,
+    images: int,
+    manifest: Mapping[str, Any],
+    gates: Iterable[str] = (),
+    *,
+    prompts: Path | None = None,
+) -> list[str]:
+    """What to type to get this report again; a recipe of one's own is the one that stands in the report, in a file."""
+    recipe, sampling = manifest.get("recipe", {}), manifest.get("reference", manifest)["sampling"]
+    model, place = shlex.quote(against), shlex.quote(str(bundle))
+    name = recipe["name"] if _is_preset(recipe) else "recipe.yaml"
+    judged = f" --prompts {shlex.quote(str(prompts))}" if prompts else ""
+    judged += "".join(f" --gate {shlex.quote(gate)}" for gate in gates)
+    return [
+        f"diffpress compress {model} --recipe {name} --steps {sampling['steps']} "
         f"--seed {manifest.get('seed', 0)} --output {place}",
         f"diffpress bench {place} --against {model} --images {images}{judged}",
     ]
+
+
+def _is_preset(recipe: Mapping[str, Any]) -> bool:
+    """Whether the shipped recipe of this name is the very same."""
+    from diffpress.compress import recipe as recipes
+
+    name = recipe.get("name")
+    return name in recipes.presets() and json.loads(json.dumps(recipes.as_json(recipes.load(name)))) == recipe
 
 
 def finite(value: Any) -> Any:

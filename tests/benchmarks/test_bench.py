@@ -15,6 +15,7 @@ from diffpress.benchmarks.bench import bench
 from diffpress.benchmarks.candidates import Reference
 from diffpress.benchmarks.shapes.models import SCHEDULER
 from diffpress.bundle import Bundle
+from diffpress.compress import recipe as recipes
 from diffpress.errors import DiffpressError
 
 LATENCY = {"p50_ms", "p90_ms", "p99_ms", "runs"}
@@ -99,6 +100,14 @@ def test_report_lands_in_the_bundle(
     again = bundles.load(opened.path)
     assert json.loads(again.file("report/report.json").read_text()) == report
     assert "data:image/png" in again.file("report/report.html").read_text()
+    assert "base_model: " in again.file("report/README.md").read_text()
+    by_name = {row["name"]: row for row in report["candidates"]}
+    assert by_name["compressed"]["psnr_db"] == pytest.approx(20 * math.log10(255 / 5))
+    assert by_name["uncompressed_export"]["images"] == by_name["trial"]["images"] == 5
+    assert {row["steps"] for row in report["candidates"]} == {None, 4, 5}  # the rival and what was tried on the way
+    assert sum(row["name"] == "fewer_plain_steps" for row in report["candidates"]) == 1
+    assert [row["image"] for row in report["pictures"]] == list(range(5))
+    assert report["pictures"][0]["psnr_db"] == pytest.approx(20 * math.log10(255 / 5))
     assert again.manifest["default_backend"] == {"name": "openvino", "precision": "bf16"}
     assert set(again.manifest["measured"]) == {"latency", "speedup", "quality"}
     assert not again.manifest.keys() & {"gates", "failed"}
@@ -225,10 +234,22 @@ def test_bad_input(opened: Bundle, export: Path, tiny_pipeline: Path, tmp_path: 
 
 
 def test_commands_can_be_typed() -> None:
-    manifest = {"recipe": {"name": "int8"}, "sampling": {"steps": 20}, "seed": 3}
-    compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest)
+    preset = json.loads(json.dumps(recipes.as_json(recipes.load("int8"))))
+    manifest = {"recipe": preset, "sampling": {"steps": 20}, "seed": 3}
+    compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest, prompts=Path("my words.txt"))
     assert compress == "diffpress compress a/b --recipe int8 --steps 20 --seed 3 --output 'my bundle'"
-    assert judged == "diffpress bench 'my bundle' --against a/b --images 60"
+    assert judged == "diffpress bench 'my bundle' --against a/b --images 60 --prompts 'my words.txt'"
+
+
+def test_a_recipe_of_ones_own_is_the_one_in_the_report(tmp_path: Path) -> None:
+    """What stands in the report as `recipe_in_full` loads as the recipe that it was, also under a preset's name."""
+    written = tmp_path / "mine.yaml"
+    written.write_text("name: int8\npasses:\n  - quantize: {format: int8, range: l2.4}\n")
+    recipe = json.loads(json.dumps(recipes.as_json(recipes.load(str(written)))))
+    compress, _ = document.commands(Path("b"), "a/b", 60, {"recipe": recipe, "sampling": {"steps": 20}})
+    assert "--recipe recipe.yaml" in compress
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe, indent=2))
+    assert json.loads(json.dumps(recipes.as_json(recipes.load(str(tmp_path / "recipe.yaml"))))) == recipe
 
 
 def test_null_stands_for_what_json_does_not_know() -> None:
