@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn
-from diffpress.benchmarks.latency import paired_ratio, summary
+from diffpress.benchmarks.latency import paired_interval, paired_ratio, summary
 from diffpress.benchmarks.plain import Trial, best
 from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step
 from diffpress.benchmarks.speed import Timings
@@ -21,20 +21,25 @@ from diffpress.plan import Sampling, StepProgram
 
 def speed(timings: Timings, precision: str) -> dict[str, Any]:
     """Latency, speedup, stages and steps. `same_precision` is the export in the compressed bundle's own precision."""
-    own = timings.images[COMPRESSED]
-    strict = None
+    own, strict = timings.images[COMPRESSED], None
+    against = {"vs_eager": timings.images[REFERENCE], "vs_uncompressed_export": timings.images[EXPORT]}
     if STRICT in timings.images:
-        ratio = paired_ratio(timings.images[STRICT], own)
-        strict = {"precision": precision, "latency": summary(timings.images[STRICT]), "speedup": ratio}
+        times = timings.images[STRICT]
+        strict = {
+            "precision": precision,
+            "latency": summary(times),
+            "speedup": paired_ratio(times, own),
+            "speedup_interval": paired_interval(times, own),
+        }
     return {
         "latency": {name: summary(timings.images[name]) for name in (REFERENCE, EXPORT, COMPRESSED)},
-        "speedup": {
-            "vs_eager": paired_ratio(timings.images[REFERENCE], own),
-            "vs_uncompressed_export": paired_ratio(timings.images[EXPORT], own),
-        },
+        "speedup": {name: paired_ratio(times, own) for name, times in against.items()},
+        "speedup_interval": {name: paired_interval(times, own) for name, times in against.items()},
         "same_precision": strict,
         "stages_ms": timings.stage_medians(),
         "steps_ms": timings.step_medians(),
+        "stage_latency": timings.stage_summaries(),
+        "step_latency": timings.step_summaries(),
     }
 
 
