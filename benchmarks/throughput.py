@@ -59,7 +59,7 @@ def _opened(
             draw(0)
         # Out of memory is an error of its own kind in every library; torch's are RuntimeErrors.
         except (DiffpressError, RuntimeError, MemoryError) as error:
-            refused[name] = " ".join(str(error).split()) or type(error).__name__
+            refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
         else:
             calls[name] = draw
     return calls, refused
