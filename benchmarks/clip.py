@@ -30,11 +30,11 @@ class Clip:
     @classmethod
     def load(cls, folder: Path) -> Clip:
         """Open a folder with a CLIPModel and its tokenizer, and never anything else; raises `DiffpressError`."""
-        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers import CLIPModel, CLIPTokenizer
 
         try:
             network = CLIPModel.from_pretrained(folder, local_files_only=True).float().eval().requires_grad_(False)
-            tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             file = folder / "preprocessor_config.json"
             config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         # transformers, safetensors and json each raise their own kind for what is absent or cut short.
