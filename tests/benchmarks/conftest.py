@@ -107,6 +107,24 @@ def made_up_report() -> dict[str, Any]:
             "trials": [{"steps": 15, "latency_ms": 98.0, "ratio": 0.98}],
         },
         "faults": [],
+        "speedup_interval": {"vs_eager": [6.8, 7.2], "vs_uncompressed_export": [2.4, 2.6]},
+        "throughput": [
+            {"batch": 1, "images_per_second": {"compressed": 10.0}, "speedup": {}, "refused": {}},
+            {"batch": 2, "images_per_second": {}, "speedup": {}, "refused": {"compressed": "one image at once"}},
+        ],
+        "cold_start_ms": dict(zip(names, (9000.0, 1500.0, 1200.0), strict=True)),
+        "roofline": {
+            "ceilings": {"operations_per_s": {"bf16": 1e12}, "bytes_per_s": {"1024": 1e10}, "method": "made up"},
+            "graphs": [],
+            "images": [
+                {"candidate": "compressed", "backend": "openvino", "precision": precision, "share_of_ceiling": share}
+                for precision, share in (("fp32", 0.5), ("bf16", 0.25))
+            ],
+        },
+        "metrics": {
+            "lpips": {"by": None, "note": "not measured, give --lpips-weights"},
+            "clip_score": {"by": "CLIP of shapes", "note": None},
+        },
         "backend": {"name": "openvino", "precision": "bf16"},
         "backends_tried": [
             {"backend": "openvino", "precision": "bf16", "p50_ms": 100.0},

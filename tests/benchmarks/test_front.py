@@ -27,7 +27,7 @@ def test_every_candidate_is_compared_on_the_same_images(fake_candidate: Callable
         return draw(fake_candidate(shift=shift), ["x"] * count, range(count), batch=2)
 
     rival = Rival(
-        "UniPC", 7, SimpleNamespace(), {("DDIM", 7): drawn(9), ("UniPC", 7): drawn(6), ("UniPC", 8): drawn(5)}
+        "UniPC", 7, None, {("DDIM", 7): drawn(9), ("UniPC", 7): drawn(6), ("UniPC", 8): drawn(5)}
     )
     rows = front.rows(
         {"vs_eager": 8.0, "vs_uncompressed_export": 4.0},
