@@ -27,7 +27,17 @@ from diffpress.benchmarks import (
     scores,
     speed,
 )
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Candidate, Drawn, Reference
+from diffpress.benchmarks.candidates import (
+    COMPRESSED,
+    EXPORT,
+    PLAIN,
+    REFERENCE,
+    RESCHEDULED,
+    STRICT,
+    Candidate,
+    Drawn,
+    Reference,
+)
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
@@ -44,7 +54,7 @@ def bench(
     *,
     prompts_file: Path | None = None,
     uncompressed: Path | None = None,
-    reference: Candidate | None = None,
+    reference: Reference | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
 
@@ -119,7 +129,7 @@ def measure(
     against: str,
     chosen: prompts.Prompts,
     quiet: bool,
-    reference: Candidate | None = None,
+    reference: Reference | None = None,
 ) -> tuple[dict[str, Any], list[report.Picture]]:
     """Everything the report says, and the pictures it shows."""
     from diffpress.runtime.backends import available
@@ -134,13 +144,16 @@ def measure(
     backends = tqdm(available(), desc="trying backends", unit="backend", disable=quiet)
     default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
     backend, precision = default["name"], default["precision"]
+    reference = reference or Reference.load(against, own, scheduler, candidates.loras_of(bundle.manifest))
     pipelines: dict[str, Candidate] = {
-        REFERENCE: reference or Reference.load(against, own, scheduler, candidates.loras_of(bundle.manifest)),
+        REFERENCE: reference,
         EXPORT: Pipeline.load(export, backend, "fp32", sampling=own),
         COMPRESSED: open_compressed(backend, precision),
     }
     if precision != "fp32":
         pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=own)
+    if sampling != own:
+        pipelines[RESCHEDULED] = reference.on(sampling)
     timings = speed.time_all(pipelines, chosen.texts, quiet)
 
     def open_plain(schedule: Sampling) -> Candidate:
@@ -151,9 +164,11 @@ def measure(
 
     trials = plain.compare(timings, pipelines, open_timed, own.steps, chosen.texts[0], quiet)
     batch, texts = candidates.batch_size(bundle.manifest["latent"]), chosen.texts
-    same = {}  # the export in the same precision is compared with quality against speed alone
-    if STRICT in pipelines:
-        same[STRICT] = candidates.draw(pipelines.pop(STRICT), texts[:KEPT], range(len(texts[:KEPT])), batch)
+    same = {  # what is compared in quality against speed alone
+        name: candidates.draw(pipelines.pop(name), texts[:KEPT], range(len(texts[:KEPT])), batch)
+        for name in (STRICT, RESCHEDULED)
+        if name in pipelines
+    }
     rival = plain.rival(trials, scheduler, own, open_plain, pipelines[REFERENCE], texts, batch, quiet)
     if rival is not None:
         pipelines[PLAIN] = rival.candidate

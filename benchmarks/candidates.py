@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 REFERENCE, EXPORT, COMPRESSED = "reference_eager", "uncompressed_export", "compressed"
 STRICT = "uncompressed_export_same_precision"  # timed where the compressed bundle runs in another precision than fp32
 PLAIN = "fewer_plain_steps"
+RESCHEDULED = "reference_eager_same_schedule"  # timed where the compressed bundle has another schedule than its model
 
 
 class Candidate(Protocol):
@@ -37,9 +39,7 @@ class Reference:
     sampling: Sampling
 
     @classmethod
-    def load(
-        cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any], loras: Sequence[Lora] = ()
-    ) -> Reference:
+    def load(cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any], loras: Sequence[Lora] = ()) -> Self:
         """Open `model`; `scheduler` is the manifest's entry {class, config}, whatever the folder itself prefers.
 
         `loras` are fused, as they are in what it is compared with. A schedule that this scheduler does not make by
@@ -54,6 +54,14 @@ class Reference:
         configured = getattr(diffusers, scheduler["class"]).from_config(dict(scheduler["config"]))
         pipeline.scheduler = playing(configured, sampling)
         return cls(pipeline, sampling)
+
+    def on(self, sampling: Sampling) -> Reference:
+        """The same networks, bound to another schedule."""
+        from diffpress.calibration.tabulated import playing
+
+        pipeline = copy.copy(self.pipeline)
+        pipeline.scheduler = playing(self.pipeline.scheduler, sampling)
+        return Reference(pipeline, sampling)
 
     def __call__(self, prompts: list[str], seeds: list[int], *, keep_latents: bool = False) -> Any:
         """Draw one image for each prompt; stages and steps are timed from outside, by what the pipeline calls back."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.benchmarks import quality as quality_of
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, RESCHEDULED, STRICT, Drawn
 from diffpress.benchmarks.latency import paired_ratio, summary
 from diffpress.benchmarks.plain import Trial, best
 from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step, shown
@@ -22,7 +22,11 @@ from diffpress.plan import Sampling, StepProgram
 
 
 def speed(timings: Timings, precision: str) -> dict[str, Any]:
-    """Latency, speedup, stages and steps. `same_precision` is the export in the compressed bundle's own precision."""
+    """Latency, speedup, stages and steps. `same_precision` is the export in the compressed bundle's own precision.
+
+    `vs_eager_same_schedule` is against diffusers with the compressed bundle's own steps and solver, where those are
+    not the model's: what compression gives without the shorter schedule.
+    """
     own = timings.images[COMPRESSED]
     strict = None
     if STRICT in timings.images:
@@ -32,6 +36,7 @@ def speed(timings: Timings, precision: str) -> dict[str, Any]:
         "latency": {name: summary(timings.images[name]) for name in (REFERENCE, EXPORT, COMPRESSED)},
         "speedup": {
             "vs_eager": paired_ratio(timings.images[REFERENCE], own),
+            "vs_eager_same_schedule": paired_ratio(timings.images.get(RESCHEDULED, timings.images[REFERENCE]), own),
             "vs_uncompressed_export": paired_ratio(timings.images[EXPORT], own),
         },
         "same_precision": strict,

@@ -6,7 +6,6 @@ Run as `python -m diffpress.benchmarks.memory JSON`; `peak_rss` starts it. The p
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffpress
+from diffpress.benchmarks import isolated
 from diffpress.errors import DiffpressError
 
 
@@ -35,10 +34,8 @@ def high_water_bytes() -> int:
 
 def peak_rss(task: Mapping[str, Any]) -> int:
     """Peak resident bytes of a fresh process that does `task`, see `_draw`; raises `DiffpressError` when it fails."""
-    source = Path(diffpress.__file__).parents[1]
-    path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "diffpress.benchmarks.memory", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, env=isolated.environment())
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         what = task.get("bundle") or ", ".join(task.get("graphs", ()))

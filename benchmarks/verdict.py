@@ -32,6 +32,8 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     """Judge a report; every claim is a number of it."""
     ratio = size_ratio(report)
     times = f"{report['speedup']['vs_eager']:.1f}\N{MULTIPLICATION SIGN} faster than diffusers"
+    if rescheduled(report):
+        times += f" ({report['speedup']['vs_eager_same_schedule']:.1f}\N{MULTIPLICATION SIGN} at equal steps)"
     size = f"denoiser at {ratio:.0%} of its size" if ratio else "denoiser of unknown size"
     psnr = report["quality"]["psnr_db"]
     rival, text = _rival(report)

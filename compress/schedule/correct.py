@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -24,13 +23,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffpress.calibration.capture import Call
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.calibration.schedule import tabulate
 from diffpress.calibration.tabulated import playing
+from diffpress.compress import training
 from diffpress.compress.cache.execute import CachedDenoiser, execution
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.schedule.epsilon import check_scheduler, scaled
@@ -250,10 +250,7 @@ class _Bench:
         if not file.is_file():
             walks = start(sampling, self.calls[:count], self.work.seed, self.work.denoiser.device)
             latents = finish(walks, denoiser, self.work.progress, text)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            save_file({"latents": latents.contiguous()}, partial)
-            partial.replace(file)
+            training.save({"latents": latents}, file)
         return load_file(file)["latents"]
 
 

@@ -68,7 +68,7 @@ def check_keys(report: dict[str, Any]) -> None:
     for name in ("reference_eager", "uncompressed_export", "compressed"):
         assert set(report["latency"][name]) == LATENCY
         assert report["peak_rss_bytes"][name] > 0
-    assert set(report["speedup"]) == {"vs_eager", "vs_uncompressed_export"}
+    assert set(report["speedup"]) == {"vs_eager", "vs_eager_same_schedule", "vs_uncompressed_export"}
     assert report["size_bytes"].keys() >= {"denoiser_reference", "denoiser_compressed", "bundle"}
     assert report["quality"].keys() >= {"images", "psnr_db", "ssim", "latent_rel_l2"}
     for name in ("clip_score", "attribute_accuracy", "frechet"):

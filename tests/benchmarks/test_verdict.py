@@ -14,6 +14,12 @@ def test_headline_and_quality(made_up_report: dict[str, Any]) -> None:
     )
 
 
+def test_a_shorter_schedule_is_not_sold_as_compression(made_up_report: dict[str, Any]) -> None:
+    made_up_report["per_step"]["latent_rel_l2"]["compressed"] = None
+    made_up_report["speedup"]["vs_eager_same_schedule"] = 3.0
+    assert verdict.verdict(made_up_report).headline.startswith("7.0× faster than diffusers (3.0× at equal steps), ")
+
+
 @pytest.mark.parametrize(
     ("psnr", "accuracy", "expected"),
     [

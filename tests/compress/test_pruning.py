@@ -205,6 +205,14 @@ def test_distillation_lowers_the_error_and_keeps_zeros(fresh: Fresh, network: An
     assert all(torch.equal(value, frozen[key]) for key, value in work.denoiser.state_dict().items() if key in frozen)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_distillation_needs_calls_to_learn_from_and_to_judge_by(fresh: Fresh, count: int) -> None:
+    work = fresh()
+    work.recorder = lambda _: Recorded(fresh().record())[:count]  # type: ignore[arg-type,return-value]
+    with pytest.raises(DiffpressError, match=f"of {count} recorded calls none is left to judge by"):
+        DistillPass().apply(work)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -215,6 +223,10 @@ def test_distillation_lowers_the_error_and_keeps_zeros(fresh: Fresh, network: An
         (PruneStructuredPass(exclude=("*",)), "nothing is left that could be cut"),
         (PruneUnstructuredPass(exclude=("*",)), "the exclude patterns leave no layer to prune"),
         (PruneUnstructuredPass(exclude=("nothing",)), "prune-unstructured: exclude pattern 'nothing' matches no layer"),
+        (
+            PruneUnstructuredPass(ratio=0.97, allocation="sensitivity"),
+            "a ratio of 0.97 cannot be spread, no layer may lose more than 0.95",
+        ),
         (PruneNMPass(n=4, m=4), "4 zeros in every 4 leave nothing"),
     ],
 )
