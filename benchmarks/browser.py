@@ -21,7 +21,7 @@ from typing import Any
 from diffpress.errors import DiffpressError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SECONDS = 120
+SECONDS = 300  # a page takes three on an idle machine
 PROBE = Path(__file__).parent / "probe.js"
 _FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><style>
 body {{ margin: 0 }} iframe {{ display: block; border: 0; width: {width}px; height: {height}px }}

@@ -109,9 +109,11 @@ class Compared:
         }
         if choice.precision != "fp32":
             keys[STRICT] = [model, self.own.to_json(), on]
+        if self.sampling != self.own:
+            keys[RESCHEDULED] = [model, self.sampling.to_json(), on_gpu(choice.backend)]
         if choice.rival is not None:
             keys[PLAIN] = [model, choice.rival.to_json(), on]
-        few, final = (EXPORT, STRICT), (STRICT, PLAIN)
+        few, final = (EXPORT, STRICT, RESCHEDULED), (STRICT, RESCHEDULED, PLAIN)
         return [
             Wanted(name, texts[:KEPT] if name in few else texts, self.batch, 0 if name in final else KEPT, key)
             for name, key in keys.items()

@@ -7,13 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, RESCHEDULED, STRICT
 
 STACKED = 4  # numbers side by side on a phone
 DASH = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 # Classes of the style sheet, which gives each its colour.
-COLOURS = {REFERENCE: "reference", EXPORT: "export", STRICT: "strict", COMPRESSED: "compressed", PLAIN: "plain"}
+COLOURS = {
+    REFERENCE: "reference",
+    RESCHEDULED: "reference",
+    EXPORT: "export",
+    STRICT: "strict",
+    COMPRESSED: "compressed",
+    PLAIN: "plain",
+}
 
 
 def rows_to_table(head: Sequence[str], rows: Iterable[Sequence[str]], own: str = "") -> str:
@@ -88,6 +95,7 @@ def short_labels(report: Mapping[str, Any]) -> dict[str, str]:
     precision, row = report["backend"]["precision"].upper(), report[PLAIN]
     return {
         REFERENCE: "diffusers",
+        RESCHEDULED: f"diffusers, {report['sampling']['steps']} steps",
         EXPORT: "export FP32",
         STRICT: f"export {precision}",
         COMPRESSED: "compressed",
