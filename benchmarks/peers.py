@@ -157,7 +157,7 @@ def measured(bench: Bench, model: Model) -> list[Found]:
 
 def task(contender: Contender, model: Model, work: Path, texts: Sequence[str]) -> Task:
     """What a worker is told."""
-    schedules = {**model.schedules, CONVERGED.name: CONVERGED}
+    schedules = {**model.schedules, peers_rows.CONVERGED.name: CONVERGED}
     return Task(
         name=contender.name,
         make=contender.make,
@@ -181,10 +181,9 @@ def task(contender: Contender, model: Model, work: Path, texts: Sequence[str]) -
 def starting(work: Path, texts: Sequence[str]) -> Start:
     """Starts contenders in their environments, with as many threads as there are cores for every library."""
     source = str(Path(diffpress.__file__).parents[1])
-    cores = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     environ = os.environ | ENVIRON | {
         "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": cores,
+        "OMP_NUM_THREADS": str(cores()),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
     }  # fmt: skip
 
@@ -198,6 +197,12 @@ def starting(work: Path, texts: Sequence[str]) -> Start:
         return Worker(command, log, environ, LIMIT_S)
 
     return start
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def run(bench: Bench, models: Sequence[Callable[[], Model]], file: Path, quick: bool) -> Found:

@@ -87,6 +87,7 @@ class Bench:
         facts = worker.ask("follow", schedule=schedule)
         if model.name == CALL:
             inputs, file = self.inputs(model, facts["timesteps"]), self.outputs(model, contender.name, schedule)
+            file.parent.mkdir(parents=True, exist_ok=True)
             worker.ask("calls", schedule=schedule, inputs=str(inputs), file=str(file))
         else:
             self._ask_images(worker, schedule, self.images(model, contender.name, schedule), facts.get("batch", BATCH))

@@ -71,20 +71,15 @@ class Contender:
         return [OWN] if own else list(model.schedules)
 
 
+_SAME = ("diffusers==0.42.1", "transformers==5.23.0", "accelerate==1.15.0")  # as in constraints.txt
 # What cannot stand beside the versions that diffpress is tested with; `peers_venv` pins torch to what runs here.
 ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {
     # Its exporter knows transformers 4 alone, which no newer diffusers takes.
     "optimum-onnx": ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.*", "diffusers==0.35.*", "accelerate"),
     # Pinned, since pip tries versions for half an hour otherwise.
-    "pruna": (
-        "pruna==0.3.4",
-        "diffusers==0.42.1",
-        "transformers==5.23.0",
-        "accelerate==1.15.0",
-        "torchao==0.16.0",
-        "peft==0.18.1",
-        "optimum-quanto==0.2.7",
-    ),
+    "pruna": ("pruna==0.3.4", *_SAME, "torchao==0.16.0", "peft==0.18.1", "optimum-quanto==0.2.7"),
+    # diffusers imports it wherever it is, and says so on stderr.
+    "torchao": ("torchao==0.18.0", *_SAME),
 }
 
 
@@ -102,8 +97,14 @@ def contenders() -> dict[str, Contender]:
         *(Contender(f"{DEEP} {k}", "torch", {"deepcache": k}, quick=k == 3) for k in (2, 3, 5)),
         Contender(f"{DEEP} 3, BF16", "torch", {"deepcache": 3, **half}, plain="diffusers BF16"),
         Contender("ToMe, half of the tokens", "torch", {"tome": 0.5}, quick=True),
-        Contender("torchao INT8, exported for x86", "torch", {"pt2e": True}, plain=COMPILED),
-        Contender("torchao INT8, dynamic, compiled", "torch", {"torchao": True, **compiled}, plain=COMPILED),
+        Contender("torchao INT8, exported for x86", "torch", {"pt2e": True}, plain=COMPILED, environment="torchao"),
+        Contender(
+            "torchao INT8, dynamic, compiled",
+            "torch",
+            {"torchao": True, **compiled},
+            plain=COMPILED,
+            environment="torchao",
+        ),
         Contender("modelopt INT8, simulated in torch", "torch", {"modelopt": MODELOPT}),
         Contender("modelopt INT8, its ONNX in ONNX Runtime", "modelopt-onnx", {"config": MODELOPT}, plain=ORT),
         Contender(ORT, "onnxruntime", plain=ORT, quick=True),
