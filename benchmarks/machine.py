@@ -37,6 +37,9 @@ PACKAGES = (
     "triton",
     "numpy",
     "DeepCache",
+    "tomesd",
+    "nncf",
+    "nvidia-modelopt",
 )
 
 

@@ -234,6 +234,84 @@ def scatter(
     return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
 
 
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def rivals(groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str, up: str) -> str:
+    """Named points (x, error, name) of two groups, both scales logarithmic, small errors on top, and their fronts.
+
+    A front joins the points of a group that none of it beats; these are named where there is room. Stands alone.
+    """
+    width, height = 760, 420
+    points = [point for some in groups.values() for point in some]
+    ticks = log_ticks(min(y for _, y, _ in points), max(y for _, y, _ in points))
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1]) + (len(ticks) == 1)
+    first, last = math.log10(min(x for x, _, _ in points) * 0.9), math.log10(max(x for x, _, _ in points) * 1.1)
+    bottom, top = height - BOTTOM, TOP + 14
+
+    def x_of(value: float) -> float:
+        return LEFT + (math.log10(value) - first) / (last - first) * (width - LEFT - RIGHT)
+
+    def y_of(value: float) -> float:
+        return top + (math.log10(value) - low) / (high - low) * (bottom - top)
+
+    body = [f"<style>{ALONE}.name{{font-size:9px}}</style>"]
+    for tick in ticks:
+        y = y_of(tick)
+        body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(text(LEFT - 6, y + 4, _power(tick), "end"))
+    for place in steps_between(10**first, 10**last):
+        x = x_of(place)
+        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        body.append(text(x, bottom + 17, f"{place:g}"))
+    body += [text(width - RIGHT, height - 3, across, "end"), text(0, 11, up, "start")]
+    # Names keep clear of every point and of each other.
+    taken: list[_Box] = [(x_of(x) - 4, y_of(y) - 4, x_of(x) + 4, y_of(y) + 4) for x, y, _ in points]
+    for number, ((name, some), (mark, colour)) in enumerate(zip(groups.items(), _PAIR, strict=False)):
+        best = [some[index] for index in pareto([(x, -y) for x, y, _ in some])]
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y, _ in sorted(best))
+        body.append(f'<polyline stroke="{colour}" points="{path}"/>')
+        body += [_mark(mark, x_of(x), y_of(y), colour, f"{words}: {x:.3g}, {y:.3g}") for x, y, words in some]
+        for x, y, words in sorted(best, reverse=True):
+            placed = _placed(words, x_of(x), y_of(y), taken, width)
+            if placed is not None:
+                taken.append(placed)
+                body.append(text(placed[0], placed[3] - 2, words, "start", "name"))
+        y = bottom - 10 - 15 * number
+        body += [_mark(mark, LEFT + 12, y, colour), text(LEFT + 22, y + 4, name, "start")]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
+    return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
+
+
+_PAIR = (("square", COLOURS[0]), ("circle", COLOURS[2]))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats: that is at least as large in both numbers and larger in one."""
+    kept: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index], reverse=True):
+        last = points[kept[-1]] if kept else None
+        # From the largest first number on down, what is kept has ever larger second ones; twins stay together.
+        if last is None or points[index][1] > last[1] or points[index] == last:
+            kept.append(index)
+    return sorted(kept)
+
+
+def _placed(words: str, x: float, y: float, taken: Sequence[_Box], width: float) -> _Box | None:
+    """Where a name of 9 units fits beside (x, y): right, left, above or below; None where all is taken."""
+    long, tall = 4.9 * len(words), 11.0
+    for left, above in ((x + 6, y - 6), (x - 6 - long, y - 6), (x - long / 2, y - 17), (x - long / 2, y + 6)):
+        box = (left, above, left + long, above + tall)
+        inside = left >= LEFT and box[2] <= width and above >= TOP
+        if inside and not any(_overlap(box, other) for other in taken):
+            return box
+    return None
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def steps_between(low: float, high: float) -> list[float]:
     """1, 2, 3, 5, 7 times powers of ten from `low` to `high`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
