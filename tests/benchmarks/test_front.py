@@ -1,6 +1,5 @@
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -26,9 +25,7 @@ def test_every_candidate_is_compared_on_the_same_images(fake_candidate: Callable
     def drawn(shift: int, count: int = 5) -> Drawn:
         return draw(fake_candidate(shift=shift), ["x"] * count, range(count), batch=2)
 
-    rival = Rival(
-        "UniPC", 7, None, {("DDIM", 7): drawn(9), ("UniPC", 7): drawn(6), ("UniPC", 8): drawn(5)}
-    )
+    rival = Rival("UniPC", 7, None, {("DDIM", 7): drawn(9), ("UniPC", 7): drawn(6), ("UniPC", 8): drawn(5)})
     rows = front.rows(
         {"vs_eager": 8.0, "vs_uncompressed_export": 4.0},
         {"speedup": 2.0},
