@@ -67,6 +67,10 @@ class Compared:
             self.opened[name] = self.opener(name, choice)()
         return self.opened[name]
 
+    def close(self) -> None:
+        """Let go of all but the reference, which takes longest to open."""
+        self.opened = {name: made for name, made in self.opened.items() if name == REFERENCE}
+
     def opener(self, name: str, choice: Choice) -> Callable[[], Candidate]:
         """What opens a candidate anew; the reference, which takes any batch, is the one that is open already."""
         backend, precision = choice.backend, choice.precision

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import diffpress
+from diffpress.benchmarks import machine
 from diffpress.errors import DiffpressError
 
 STARTS = 3  # of each candidate, fewer where one takes long
@@ -61,7 +62,10 @@ def fresh(task: Mapping[str, Any]) -> Fresh:
     source = Path(diffpress.__file__).parents[1]
     path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "diffpress.benchmarks.memory", json.dumps({**task, "started": time.time()})]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    environment = os.environ | {"PYTHONPATH": path}
+    if machine.launched():
+        environment.pop("OMP_NUM_THREADS", None)  # it is the launcher's, and this process is alone
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         what = task.get("bundle") or ", ".join(task.get("graphs", ()))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from diffpress.benchmarks import document, memory, plain, roofline, speed, throughput
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Candidate
+from diffpress.benchmarks import ceilings, document, machine, memory, plain, roofline, speed, throughput
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, REFERENCE, STRICT, Candidate
 from diffpress.benchmarks.compared import Choice, Compared, on_gpu
 from diffpress.plan import Sampling
 
@@ -26,7 +27,13 @@ class Found:
 
 
 def measure(compared: Compared, texts: Sequence[str], quiet: bool) -> Found:
-    """Measure, and leave the candidates that draw open; raises `DiffpressError` where no backend runs the bundle."""
+    """Measure, and leave the reference open; raises `DiffpressError` where no backend runs the bundle."""
+    # Other processes of a launch wait meanwhile, and diffusers may have the cores that backends take by themselves.
+    with ceilings.all_cores() if machine.launched() else nullcontext():
+        return _measured(compared, texts, quiet)
+
+
+def _measured(compared: Compared, texts: Sequence[str], quiet: bool) -> Found:
     from diffpress.runtime.backends import available
 
     backends = tqdm(available(), desc="trying backends", unit="backend", disable=quiet)
@@ -36,7 +43,8 @@ def measure(compared: Compared, texts: Sequence[str], quiet: bool) -> Found:
     pipelines = {name: compared.open(name, choice) for name in timed}
     timings = speed.time_all(pipelines, texts, quiet)
     trials, rival, schedule = _rival(compared, choice, timings, pipelines, texts, quiet)
-    compared.opened.pop(STRICT, None)
+    del pipelines
+    compared.close()  # sessions hold copies of the weights, and what follows opens its own
     choice = replace(choice, rival=schedule)
     sound = [(entry["backend"], entry["precision"]) for entry in tried if "p50_ms" in entry]
     plainly = dict.fromkeys([(choice.backend, "fp32"), (choice.backend, choice.precision)])
@@ -64,7 +72,7 @@ def _rival(
     texts: Sequence[str],
     quiet: bool,
 ) -> tuple[list[plain.Trial], str | None, Sampling | None]:
-    """Fewer plain steps in the same time: how many, and the best of their schedules, which is left open as PLAIN."""
+    """Fewer plain steps in the same time: what was tried, and the best schedule of as many, with its name."""
 
     def open_plain(schedule: Sampling) -> Candidate:
         return compared.plain(choice.backend, choice.precision, schedule)
@@ -78,8 +86,7 @@ def _rival(
         return trials, None, None
     rivals = plain.schedules(compared.scheduler, compared.own, fits.steps)
     reference = pipelines[REFERENCE]
-    rival, fewer = plain.best_schedule(rivals, open_plain, reference, texts, compared.batch, quiet)
-    compared.opened[PLAIN] = fewer
+    rival, _ = plain.best_schedule(rivals, open_plain, reference, texts, compared.batch, quiet)
     return trials, rival, rivals[rival]
 
 
