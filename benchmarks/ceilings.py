@@ -55,7 +55,7 @@ def measure(kinds: Collection[str], size: int = SIZE, moved: Sequence[int] = MOV
 
     A type that nothing here multiplies is left out.
     """
-    with _all_cores():
+    with all_cores():
         found = {kind: 2 * size**3 / seconds for kind, seconds in _products(kinds, size, rounds).items()}
         rates = {count: _bytes_per_s(count, rounds) for count in moved}
     # A smaller set is never slower; what is measured of the smallest is the call.
@@ -156,7 +156,7 @@ def _bytes_per_s(size: int, rounds: int) -> float:
 
 
 @contextmanager
-def _all_cores() -> Iterator[None]:
+def all_cores() -> Iterator[None]:
     """Within the block torch uses what backends would use by themselves."""
     before = torch.get_num_threads()
     torch.set_num_threads(machine.machine()["cores"] or before)

@@ -8,7 +8,6 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +36,10 @@ def backbone(name: str) -> nn.Sequential:
             *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
         )
     layers: list[nn.Module] = []
-    widths = (3, 64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0: half the resolution
-    for before, width in pairwise(widths):
-        before = before or widths[widths.index(0, 1) - 1]
+    before = 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):  # 0: half the resolution
         layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2, 2)]
+        before = width or before
     return nn.Sequential(*layers)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.benchmarks import isolated
+from diffpress.benchmarks import isolated, machine
 from diffpress.errors import DiffpressError
 
 STARTS = 3  # of each candidate, fewer where one takes long
@@ -58,7 +58,10 @@ def high_water_bytes() -> int:
 def fresh(task: Mapping[str, Any]) -> Fresh:
     """What a fresh process that does `task` (see `_do`) needs; raises `DiffpressError` when it fails."""
     command = [sys.executable, "-m", "diffpress.benchmarks.memory", json.dumps({**task, "started": time.time()})]
-    done = subprocess.run(command, capture_output=True, text=True, env=isolated.environment())
+    environment = isolated.environment()
+    if machine.launched():
+        environment.pop("OMP_NUM_THREADS", None)  # it is the launcher's, and this process is alone
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         what = task.get("bundle") or ", ".join(task.get("graphs", ()))

@@ -39,9 +39,8 @@ class Source:
         if given is None:
             return None
         if not (given.is_dir() if self.folder else given.is_file()):
-            raise DiffpressError(
-                f"{named} names {given}, where no {'folder' if self.folder else 'file'} is: {self.what}"
-            )
+            kind = "folder" if self.folder else "file"
+            raise DiffpressError(f"{named}: there is no {kind} {given}; give {self.what}")
         return given
 
     @property

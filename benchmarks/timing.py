@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from diffpress.benchmarks import document, memory, plain, roofline, speed, throughput
+from diffpress.benchmarks import ceilings, document, machine, memory, plain, roofline, speed, throughput
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, REFERENCE, RESCHEDULED, STRICT, Candidate
 from diffpress.benchmarks.compared import Choice, Compared, on_gpu
 from diffpress.plan import Sampling
@@ -27,6 +28,12 @@ class Found:
 
 def measure(compared: Compared, texts: Sequence[str], quiet: bool) -> Found:
     """Measure, and leave the reference open; raises `DiffpressError` where no backend runs the bundle."""
+    # Other processes of a launch wait meanwhile, and diffusers may have the cores that backends take by themselves.
+    with ceilings.all_cores() if machine.launched() else nullcontext():
+        return _measured(compared, texts, quiet)
+
+
+def _measured(compared: Compared, texts: Sequence[str], quiet: bool) -> Found:
     from diffpress.runtime.backends import available
 
     backends = tqdm(available(), desc="trying backends", unit="backend", disable=quiet)

@@ -28,7 +28,7 @@ def test_what_this_machine_can_do(measured: Ceilings) -> None:
 def test_threads_are_left_as_they_were() -> None:
     before = torch.get_num_threads()
     seen = []
-    with ceilings._all_cores():
+    with ceilings.all_cores():
         seen.append(torch.get_num_threads())
     assert seen == [machine.machine()["cores"]] and torch.get_num_threads() == before
 

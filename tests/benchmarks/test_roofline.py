@@ -1,9 +1,11 @@
 """The roofline: by hand on small numbers, and its operations against torch's own counter on real denoisers."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -128,6 +130,35 @@ def counted(module: Any, inputs: dict[str, torch.Tensor]) -> int:
 def exported(unet: Any, inputs: dict[str, torch.Tensor]) -> Any:
     with graphs.plain_attention(unet):
         return graphs.to_onnx(GraphSpec(UNetGraph(unet), inputs, ("out_sample",)))
+
+
+def without_weights(unet: Any, inputs: dict[str, torch.Tensor]) -> ir.Model:
+    """A network of the meta device as a graph: shapes and types of weights, no values."""
+    with graphs.plain_attention(unet):
+        program = torch.export.export(UNetGraph(unet), tuple(inputs.values()))
+    onnx: Any = torch.onnx.export(program, dynamo=True, opset_version=graphs.OPSET, optimize=False, verbose=False)
+    for value in onnx.model.graph.initializers.values():
+        shape, dtype = value.const_value.shape, value.const_value.dtype
+        if value.const_value.raw.is_meta:
+            zeros = partial(np.zeros, shape.numpy(), dtype.numpy())
+            value.const_value = ir.LazyTensor(lambda zeros=zeros: ir.tensor(zeros()), dtype, shape)
+    return onnx.model  # type: ignore[no-any-return]
+
+
+def test_operations_of_stable_diffusion_are_those_that_torch_counts() -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False)
+        inputs = {
+            "sample": torch.zeros(2, 4, 64, 64),
+            "timestep": torch.zeros(1),
+            "encoder_hidden_states": torch.zeros(2, 77, 768),
+        }
+    work = flops.count(without_weights(unet, inputs), 2)
+    assert work.operations == pytest.approx(counted(UNetGraph(unet), inputs), rel=0.02)
+    assert work.operations == pytest.approx(2 * 803e9, rel=0.01)
+    assert work.weight_bytes == 4 * sum(weight.numel() for weight in unet.parameters() if weight.ndim > 1)
 
 
 def test_operations_of_shapes_are_those_that_torch_counts() -> None:
