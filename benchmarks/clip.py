@@ -86,5 +86,5 @@ class Clip:
             resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
             left, top = (size[0] - side) // 2, (size[1] - side) // 2
             cut = np.asarray(resized, np.float32)[top : top + side, left : left + side] / 255
-            rows.append((cut - np.float32(self.mean)) / np.float32(self.std))
+            rows.append((cut - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32))
         return np.ascontiguousarray(np.stack(rows).transpose(0, 3, 1, 2), np.float32)

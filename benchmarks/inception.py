@@ -56,7 +56,8 @@ def _of_archive(file: Path, device: str) -> Callable[[torch.Tensor], torch.Tenso
     network: Any = torch.jit.load(file, map_location=device).eval()
     if "return_features" in str(network.forward.schema):  # it classifies where nobody asks for features
         return lambda images: network(images, return_features=True)
-    return network  # type: ignore[no-any-return]
+    features: Callable[[torch.Tensor], torch.Tensor] = network
+    return features
 
 
 def _of_state(file: Path, device: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -60,7 +60,7 @@ class Lpips:
         """
         state = read_state(file)
         layers = {f"{m[1]}.{m[2]}": value for name, value in state.items() if (m := _BACKBONE.search(name))}
-        kinds = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
+        kinds: dict[tuple[int, ...], str] = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
         name = kinds.get(tuple(layers["0.weight"].shape)) if "0.weight" in layers else None
         if name is None:
             raise DiffpressError(

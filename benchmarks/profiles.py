@@ -79,7 +79,8 @@ def _onnxruntime(
                 return super()._opened(options)
 
             def events(self) -> list[dict[str, Any]]:
-                return json.loads(Path(self._session.end_profiling()).read_text("utf-8"))  # type: ignore[no-any-return]
+                found: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text("utf-8"))
+                return found
 
         session = Profiled(file, backend, precision, None)
         for _ in range(1 + runs):

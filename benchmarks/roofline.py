@@ -99,7 +99,7 @@ def _operators(
 ) -> list[dict[str, Any]]:
     """The products that take longest at the ceiling, with what the backend says of each where it kept its name."""
     times = {one.name: one.seconds for one in profile or ()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for product, (computing, moving) in zip(work.products, least, strict=True):
         rows.append(
             {
@@ -147,7 +147,7 @@ class Measured:
     def entry(self, roofs: Ceilings) -> dict[str, Any]:
         """As it stands in a report."""
         call = self.call
-        head = {"graph": call.variant, "candidate": self.candidate, "backend": self.backend}
+        head: dict[str, Any] = {"graph": call.variant, "candidate": self.candidate, "backend": self.backend}
         head |= {"precision": self.precision, "rows": call.rows, "calls_per_image": call.times, "reason": self.reason}
         return head | (judged(self.work, roofs, self.seconds, self.profile) if self.work else {})
 

@@ -93,7 +93,7 @@ def _starts(compared: Compared, choice: Choice, prompt: str, quiet: bool) -> dic
     runs = {"backend": choice.backend, "prompt": prompt}
     bundle = str(compared.bundle.path)
     reference = {"bundle": bundle, "against": compared.against, "prompt": prompt, "on_gpu": on_gpu(choice.backend)}
-    tasks = {
+    tasks: dict[str, dict[str, Any]] = {
         REFERENCE: reference,
         EXPORT: {"bundle": str(compared.export.path), "precision": "fp32", **runs},
         COMPRESSED: {"bundle": bundle, "precision": choice.precision, **runs},

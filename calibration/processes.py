@@ -46,7 +46,8 @@ def from_main(value: Item | None) -> Item:
     """What the main process gives, in every process; the others' is not looked at."""
     _state()
     given: list[Any] = [value]
-    return broadcast_object_list(given)[0]  # type: ignore[no-any-return]
+    shared: Item = broadcast_object_list(given)[0]
+    return shared
 
 
 def take_own_gpu(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -62,7 +63,7 @@ def take_own_gpu(environment: MutableMapping[str, str] = os.environ) -> None:
     known = seen.split(",") if seen else [str(index) for index in range(own + 1)]
     if own < len(known):
         # To accelerate each is then the first process of a machine of its own; their ranks stay what they are.
-        environment |= {"CUDA_VISIBLE_DEVICES": known[own], "LOCAL_RANK": "0"}
+        environment.update({"CUDA_VISIBLE_DEVICES": known[own], "LOCAL_RANK": "0"})
 
 
 def make_missing(
