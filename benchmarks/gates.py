@@ -71,11 +71,11 @@ def section(report: Mapping[str, Any]) -> str:
     rows = [
         [
             escape(entry["gate"]),
-            escape(gates.measured(entry)),
+            escape(gates.measured(entry).removeprefix("measured ")),
             "passed" if entry["passed"] else '<b class="bad">failed</b>',
         ]
         for entry in entries
     ]
     title = f"{failed} of {len(entries)} gates failed" if failed else "Every gate passed"
     mark = " failed" if failed else ""
-    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "", ""], rows)}</aside>'
+    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "measured", ""], rows)}</aside>'
