@@ -42,6 +42,7 @@ from diffpress.errors import DiffpressError
 IMAGES, QUICK_IMAGES = 192, 16
 ROUNDS = {SHAPES: 15, CALL: 5}
 LIMIT_S = 7200.0  # of one answer: compressing a model of 1.5's size takes most of an hour
+VENVS = "environments"  # the folder of those
 CALIBRATION = 16  # prompts for peers that are calibrated
 # Libraries that would report home, or ask a hub.
 ENVIRON = {
@@ -190,7 +191,7 @@ def starting(work: Path, texts: Sequence[str]) -> Start:
     def start(contender: Contender, model: Model) -> Answers:
         python, name = Path(sys.executable), contender.environment
         if name is not None:
-            python = peers_venv.python_of(name, ENVIRONMENTS[name], work / "environments")
+            python = peers_venv.python_of(name, ENVIRONMENTS[name], work / VENVS)
         told = json.dumps(asdict(task(contender, model, work, texts)))
         command = [str(python), "-m", "diffpress.benchmarks.peers_worker", told]
         log = work / "logs" / f"{model.name}-{file_name(contender.name)}.log"
@@ -205,12 +206,14 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def run(bench: Bench, models: Sequence[Callable[[], Model]], file: Path, quick: bool) -> Found:
+def run(
+    bench: Bench, models: Sequence[Callable[[], Model]], environments: Path, file: Path, quick: bool = False
+) -> Found:
     """Measure the models and write the document, anew after each."""
     document: Found = {
         "machine": machine.machine(),
         "versions": machine.versions(),
-        "environments": peers_venv.installed(bench.work / "environments"),
+        "environments": {},
         "sampling": {"scheduler": "DDIMScheduler", "steps": DDIM.steps},
         "images": len(bench.chosen.texts),
         "quick": quick,
@@ -218,7 +221,7 @@ def run(bench: Bench, models: Sequence[Callable[[], Model]], file: Path, quick: 
     }
     for opened in models:
         document["rows"] += measured(bench, opened())
-        document["environments"] = peers_venv.installed(bench.work / "environments")
+        document["environments"] = peers_venv.installed(environments)
         file.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     return document
 
@@ -229,11 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/peers"), help="environments, graphs, bundles and rows")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="few contenders, images and rounds, and a small model")
+    parser.add_argument("--images", type=int, help=f"that are drawn, {IMAGES} or with --quick {QUICK_IMAGES}")
     parser.add_argument("--model", choices=(SHAPES, CALL), nargs="+", default=(SHAPES, CALL))
     parser.add_argument("--only", nargs="*", help="contenders whose name holds one of these, beside diffusers FP32")
     parser.add_argument("--retry", action="store_true", help="try again what failed in an earlier run")
     options = parser.parse_args(arguments)
     quick: bool = options.quick
+    images: int = (QUICK_IMAGES if quick else IMAGES) if options.images is None else options.images
+    if images < 2:
+        parser.error(f"--images is {images}: at least 2 are needed")
     chosen = {name: one for name, one in peers_rows.contenders().items() if one.quick or not quick}
     if options.only is not None:
         chosen = {
@@ -245,15 +252,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     models = {SHAPES: lambda: peers_rows.shapes(quick), CALL: lambda: peers_rows.sd15(work / "models" / CALL, quick)}
     bench = Bench(
-        work,
+        work / f"{images}-images",
         chosen,
-        prompts.choose(QUICK_IMAGES if quick else IMAGES, shapes=True),
+        prompts.choose(images, shapes=True),
         starting(work, peers_rows.calibration_texts(CALIBRATION)),
         dict.fromkeys(ROUNDS, 3) if quick else ROUNDS,
         options.retry,
     )
     try:
-        run(bench, [models[name] for name in options.model], options.json, quick)
+        run(bench, [models[name] for name in options.model], work / VENVS, options.json, quick)
     except DiffpressError as error:
         parser.exit(error.exit_code, f"{error}\n")
 

@@ -273,7 +273,7 @@ def smashed(task: Task) -> Diffusers:
     parameters, size = sum(parameter.numel() for parameter in pipeline.unet.parameters()), stored(pipeline.unet)
     start = time.perf_counter()
     smash = pruna.SmashConfig(dict(task.options), device="cpu")
-    found = pruna.smash(model=pipeline, smash_config=smash)
+    found = pruna.smash(model=pipeline, smash_config=smash).model  # the pipeline in its wrapper
     made = Diffusers(task, found, params=parameters, bytes=size, backend="torch by pruna")
     made.facts |= {"batch": 1, "period": task.options.get("deepcache", {}).get("interval", 1)}
     made.facts["seconds"] = time.perf_counter() - start + made.warm()

@@ -211,7 +211,7 @@ def test_a_run_is_written_after_each_model(bench: Callable[..., Any], tmp_path: 
         assert len(json.loads(file.read_text("utf-8"))["rows"]) == 6
         return CALLED
 
-    document = peers.run(made, [lambda: SHAPES, second], file, quick=True)
+    document = peers.run(made, [lambda: SHAPES, second], tmp_path, file, quick=True)
     assert json.loads(file.read_text("utf-8")) == json.loads(json.dumps(document)) and len(document["rows"]) == 9
     assert document["quick"] and document["images"] == 5 and {"machine", "versions", "environments"} <= document.keys()
 
