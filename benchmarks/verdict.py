@@ -185,7 +185,12 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """What the table has no place for, a line each: how sure the speedup is, throughput, cold start, the roofline."""
+    """What the table has no place for, a line each: how sure the speedup is, throughput, cold start, the roofline.
+
+    A report from before these were measured has none of them.
+    """
+    if "speedup_interval" not in report:
+        return []
     low, high = report["speedup_interval"]["vs_eager"] or (None, None)
     lines = [] if low is None else [f"speedup over diffusers: {low:.2f} to {high:.2f} (95 % interval)"]
     rates = {row["batch"]: row["images_per_second"].get("compressed") for row in report["throughput"]}

@@ -125,9 +125,9 @@ def test_what_is_wrong_is_seen_before_work_starts(
     [
         (["--prompts", "empty.txt"], "prompts file empty.txt holds no prompts"),
         (["--prompts", "two.txt", "--images", "5"], "two.txt holds 2 prompts, 5 images are asked for"),
-        (["--clip-model", "nowhere"], "--clip-model names nowhere, where no folder is"),
+        (["--clip-model", "nowhere"], "--clip-model: there is no folder nowhere"),
         (["--clip-model", "there"], "there is no CLIP that transformers saved"),
-        (["--lpips-weights", "nowhere.pth"], "--lpips-weights names nowhere.pth, where no file is"),
+        (["--lpips-weights", "nowhere.pth"], "--lpips-weights: there is no file nowhere.pth"),
         (["--lpips-weights", "two.txt"], "two.txt cannot be read as weights"),
         (["--inception", "two.txt"], "two.txt is no network of features"),
         (["--save-images", "there"], "--save-images there exists and is not an empty folder"),

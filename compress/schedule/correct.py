@@ -44,7 +44,9 @@ NAME = "correct"
 Candidate = tuple[str, Sampling, Tensor]  # a correction: what it is, the schedule, all prompts' final latents
 Scaling = Literal["none", "constant", "linear"]
 STEP = 2e-3  # of the finite differences by the divisors' parameters
-TINY = 1e-9  # errors below it are none
+TINY = 1e-9  # lengths below it are none
+ROUNDING = 1e-5  # relative errors below it are those of sums, not of compression
+LEAST = 1e-3  # of an error that has to go: less is not worth a table
 FARTHEST = 0.5  # that a divisor may be from 1: DDIM in ten steps asks for 0.7 at its first call, 1.4 at its last
 ROUNDS = 2  # of Gauss-Newton: the first leaves what is not linear
 
@@ -141,9 +143,9 @@ def _gains(before: Tensor, after: Tensor) -> bool:
 
     A picture that tips over to another one has a hundred times the error of the rest, which no correction explains.
     """
-    gain = before.clamp_min(TINY).log() - after.clamp_min(TINY).log()
+    gain = before.clamp_min(ROUNDING).log() - after.clamp_min(ROUNDING).log()
     spread = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return float(gain.mean()) > spread
+    return float(gain.mean()) > max(spread, LEAST)
 
 
 def typical(errors: Tensor) -> float:

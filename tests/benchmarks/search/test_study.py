@@ -61,8 +61,8 @@ def opened(file: str, folder: Path, budgets: Any = BUDGETS, seed: int = 0) -> Se
     )
 
 
-def best_there_is(artificial: Objective) -> float:
-    """By trying all of the space."""
+def all_there_is(artificial: Objective) -> list[float]:
+    """The loss of every recipe of the space within the limits."""
     losses = []
     for solver, steps, interval, int8 in product(("unipc", "ddim"), range(4, 41), (1, 2, 3, 4, 5), (False, True)):
         passes: list[Any] = [{"schedule": {"solver": solver, "steps": steps}}]
@@ -70,23 +70,25 @@ def best_there_is(artificial: Objective) -> float:
         found = artificial({"passes": passes}, "fp32")
         if objective.keeps(BUDGETS, found):
             losses.append(LOSSES["latent_error"].of(found))
-    return min(losses)
+    return losses
 
 
-def test_it_comes_near_the_best_within_the_limits_in_few_trials(
+def test_few_trials_come_near_the_best_within_the_limits(
     space_file: Write, tmp_path: Path, inline: Any, artificial: Objective
 ) -> None:
-    """740 recipes, 60 trials: among the best three percent of those within the limits."""
-    reached = []
+    """740 recipes, 320 of them within the limits; 40 trials end in the best tenth of these."""
+    known = all_there_is(artificial)
+    assert len(known) == 320
     for seed in range(2):
         found, workers = opened(space_file(SPACE), tmp_path / str(seed), seed=seed), inline(artificial)
-        assert drive(found, workers, 60, dict)
+        assert drive(found, workers, 40, dict)
         records = found.records.measured()
+        assert len(records) == 40 == len(set(workers.asked))
         chosen = objective.choose(records, found.loss, BUDGETS)
         assert chosen is not None
-        reached.append(found.loss.of(records[chosen]) / best_there_is(artificial))
-        assert len(records) == 60 == len(set(workers.asked))
-    assert max(reached) < 1.5 and min(reached) >= 1
+        assert sum(loss < found.loss.of(records[chosen]) for loss in known) < 32
+        # Limits draw the search: of what it came up with itself, more lies within them than of the space.
+        assert sum(objective.keeps(BUDGETS, one) for one in records) > 20
 
 
 def test_recipes_that_come_first_are_the_first_trials_and_teach_the_sampler(
@@ -181,17 +183,17 @@ def test_a_search_that_was_stopped_goes_on_with_what_it_has(
 
     workers.answer = until
     with pytest.raises(Killed):
-        drive(alone, workers, 20, dict)
+        drive(alone, workers, 12, dict)
     running = [trial for trial in alone.study.get_trials() if trial.state.name == "RUNNING"]
     assert len(running) == 2  # their results never came
     before = {file.name: file.read_bytes() for file in (tmp_path / "one/trials").iterdir()}
     assert len(before) == 7
 
     again, others = opened(file, tmp_path / "one"), inline(artificial)
-    drive(again, others, 20, dict)
-    assert len(again.records) == 20 and len(others.asked) == 13
+    drive(again, others, 12, dict)
+    assert len(again.records) == 12 and len(others.asked) == 5
     assert {record["key"] for record in again.records} == {*workers.asked, *others.asked}
-    assert set(others.asked[:2]) == set(workers.asked[-2:])  # what ran when it was stopped comes first
+    assert set(others.asked[:2]) == {*workers.asked} - {Path(name).stem for name in before}  # what was running
     assert all((tmp_path / "one/trials" / name).read_bytes() == content for name, content in before.items())
     states = [trial.state.name for trial in again.study.get_trials()]
     assert "RUNNING" not in states and states.count("FAIL") == 2
