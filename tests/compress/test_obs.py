@@ -45,9 +45,8 @@ def magnitude_mask(weight: Tensor, ratio: float) -> Tensor:
 
 def least_squares(weight: Tensor, hessian: Tensor, gone: Tensor, damping: float = 0.01) -> Tensor:
     """The best weights with these zeros for the damped Hessian, row by row from the normal equations."""
-    damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(
-        len(hessian), dtype=torch.float64
-    )
+    added = damping * hessian.double().diagonal().mean()
+    damped = hessian.double() + added * torch.eye(len(hessian), dtype=torch.float64)
     best = torch.zeros(weight.shape, dtype=torch.float64)
     for row in range(len(weight)):
         stays = ~gone[row]
