@@ -81,7 +81,7 @@ def _products(kinds: Collection[str], size: int, rounds: int) -> dict[str, float
         fastest[kind] = min(seconds, fastest.get(kind, seconds))
 
     made = gpu_ceilings.products("cpu", size)
-    for kind in kinds:
+    for kind in made.keys() & kinds:
         try:
             note(kind, made[kind]())
         except (RuntimeError, NotImplementedError, AttributeError):  # this build of torch does not multiply it
