@@ -232,6 +232,7 @@ def plot() -> str:
     groups = {}
     for words, peer in (("peers", True), ("diffpress", False)):
         some = [row for row in rows if row["peer"] is peer]
-        groups[words] = [(row[SPEED], row[ERROR], _short(row).removeprefix("diffpress ")) for row in some]
+        names = (f"{row['contender'].removeprefix('diffpress ')}, {row['steps']} steps" for row in some)
+        groups[words] = [(row[SPEED], row[ERROR], name) for row, name in zip(some, names, strict=True)]
     across = f"times faster than diffusers FP32 at {_data()['sampling']['steps']} steps"
     return plots.rivals(groups, across, "median error of the latents to the converged solution: up is better")

@@ -244,8 +244,7 @@ def rivals(groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str
     """
     width, height = 760, 420
     points = [point for some in groups.values() for point in some]
-    ticks = log_ticks(min(y for _, y, _ in points), max(y for _, y, _ in points))
-    low, high = math.log10(ticks[0]), math.log10(ticks[-1]) + (len(ticks) == 1)
+    low, high = math.log10(min(y for _, y, _ in points) * 0.8), math.log10(max(y for _, y, _ in points) * 1.25)
     first, last = math.log10(min(x for x, _, _ in points) * 0.9), math.log10(max(x for x, _, _ in points) * 1.1)
     bottom, top = height - BOTTOM, TOP + 14
 
@@ -256,10 +255,10 @@ def rivals(groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str
         return top + (math.log10(value) - low) / (high - low) * (bottom - top)
 
     body = [f"<style>{ALONE}.name{{font-size:9px}}</style>"]
-    for tick in ticks:
+    for tick in steps_between(10**low, 10**high, (1, 2, 5)):
         y = y_of(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(text(LEFT - 6, y + 4, _power(tick), "end"))
+        body.append(text(LEFT - 6, y + 4, f"{tick:g}", "end"))
     for place in steps_between(10**first, 10**last):
         x = x_of(place)
         body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
@@ -277,8 +276,8 @@ def rivals(groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str
             if placed is not None:
                 taken.append(placed)
                 body.append(text(placed[0], placed[3] - 2, words, "start", "name"))
-        y = bottom - 10 - 15 * number
-        body += [_mark(mark, LEFT + 12, y, colour), text(LEFT + 22, y + 4, name, "start")]
+        x = width - RIGHT - 90 * (len(groups) - number)
+        body += [_mark(mark, x, 8, colour), text(x + 10, 12, name, "start")]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
 
@@ -298,13 +297,15 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _placed(words: str, x: float, y: float, taken: Sequence[_Box], width: float) -> _Box | None:
-    """Where a name of 9 units fits beside (x, y): right, left, above or below; None where all is taken."""
+    """Where a name of 9 units fits beside (x, y), the right of it first; None where all is taken."""
     long, tall = 4.9 * len(words), 11.0
-    for left, above in ((x + 6, y - 6), (x - 6 - long, y - 6), (x - long / 2, y - 17), (x - long / 2, y + 6)):
-        box = (left, above, left + long, above + tall)
-        inside = left >= LEFT and box[2] <= width and above >= TOP
-        if inside and not any(_overlap(box, other) for other in taken):
-            return box
+    sides, heights = (x + 6, x - 6 - long, x - long / 2), (y - 6, y - 17, y + 6, y - 28, y + 17)
+    for above in heights:
+        for left in sides[: 2 if above == heights[0] else None]:
+            box = (left, above, left + long, above + tall)
+            inside = left >= LEFT and box[2] <= width and above >= TOP
+            if inside and not any(_overlap(box, other) for other in taken):
+                return box
     return None
 
 
@@ -312,7 +313,7 @@ def _overlap(a: _Box, b: _Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def steps_between(low: float, high: float) -> list[float]:
-    """1, 2, 3, 5, 7 times powers of ten from `low` to `high`."""
+def steps_between(low: float, high: float, units: Sequence[int] = (1, 2, 3, 5, 7)) -> list[float]:
+    """`units` times powers of ten from `low` to `high`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [unit * 10.0**power for power in powers for unit in (1, 2, 3, 5, 7) if low <= unit * 10.0**power <= high]
+    return [unit * 10.0**power for power in powers for unit in units if low <= unit * 10.0**power <= high]

@@ -42,7 +42,7 @@ def test_single_calls_are_calibrated_briefly(tmp_path: Path) -> None:
         ("fccccfcccc", "", 5),
         ("fcffcc", "", 6),
         ("ffff", "frfr", 2),
-        ("fccfcc", "frffrf", 6),
+        ("fccfcc", "frrfff", 6),
         ("f", "", 1),
     ],
 )

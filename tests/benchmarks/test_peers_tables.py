@@ -120,7 +120,7 @@ def test_the_plot_stands_alone_and_names_the_fronts(written: None) -> None:
     marks = [mark for mark in root.iter() if mark.find(f"{space}title") is not None]
     assert len(marks) == 7  # the rows of shapes that run
     words = [element.text for element in root.iter(f"{space}text")]
-    assert "int8 (12 DPM-Solver++)" in words and "peers" in words and "diffpress" in words
+    assert "int8, 12 steps" in words and "peers" in words and "diffpress" in words
     assert len(list(root.iter(f"{space}polyline"))) == 2
     _, _, width, height = (float(part) for part in root.attrib["viewBox"].split())
     for circle in root.iter(f"{space}circle"):

@@ -113,7 +113,7 @@ def test_graphs_draw_what_diffusers_draws(
         _, latents = made.draw(TEXTS[some], SEEDS[some])
         np.testing.assert_allclose(latents, wanted[DPM_12.name].latents[-1][some], rtol=0, atol=5e-3)
     assert facts["backend"] == f"{name.split(' FP')[0].lower().replace(' ', '')} fp32" and facts["seconds"] > 0
-    assert facts["bytes"] == pytest.approx(4 * facts["params"], rel=0.1)
+    assert 1 <= facts["bytes"] / (4 * facts["params"]) < 1.2  # the weights, and what the exporter notes beside them
 
 
 def test_something_is_made_once_and_whole(tmp_path: Path) -> None:
