@@ -114,13 +114,17 @@ def network(pipeline: Any, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def variants(pipeline: Any, plan: Plan, folder: Path, progress: Progress) -> dict[str, Path]:
-    """Every variant of the denoiser as it would ship, in `folder`, and nothing else; their files."""
+def variants(pipeline: Any, plan: Plan, folder: Path, progress: Progress, dialects: bool = False) -> dict[str, Path]:
+    """Every variant of the denoiser as it would ship, in `folder`, and nothing else; their files.
+
+    With `dialects` those of ONNX Runtime's lie beside them.
+    """
     denoiser = pipeline.unet
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
         specs = denoiser_specs(denoiser, plan, *sizes(pipeline, plan.sampling))
-        store.save(_models(specs, shipped, plan.sampling, progress), folder)
+        models = _models(specs, shipped, plan.sampling, progress)
+        store.save({**models, **(_dialects(models, specs) if dialects else {})}, folder)
     return {name: folder / file_of(name) for name in specs}
 
 
@@ -154,11 +158,10 @@ def ship(
             if controlnet:
                 specs[CONTROLNET] = controlnet_spec(denoiser, specs[FULL])
             models = _models(specs, shipped, sampling, progress, refused)
-        rewritten = {name: dialect.onnxruntime(models[file_of(name)]) for name in specs}
-        dialects = {dialect_file_of(name): model for name, model in rewritten.items() if model is not None}
+        dialects = _dialects(models, specs)
         store.save({**models, **dialects}, folder / "unet")
         written = {*models, *dialects}
-        del models, rewritten, dialects  # their weights are in the file, and large
+        del models, dialects  # their weights are in the file, and large
         with simulated(
             denoiser, shipped, sampling.timesteps, keep
         ):  # attention without its matrix, which is large, too
@@ -246,6 +249,12 @@ def _models(
             refused[f"unet/{file}"] = lint.findings(model)  # while nodes know the module they came from
         graphs.finish(model)
     return models
+
+
+def _dialects(models: Mapping[str, ir.Model], variants: Iterable[str]) -> dict[str, ir.Model]:
+    """The graphs of variants in ONNX Runtime's dialect by file, those that have one."""
+    rewritten = {dialect_file_of(name): dialect.onnxruntime(models[file_of(name)]) for name in variants}
+    return {file: model for file, model in rewritten.items() if model is not None}
 
 
 def schedule(sampling: Sampling, scheduler: Any) -> dict[str, Any]:

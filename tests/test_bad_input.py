@@ -25,6 +25,7 @@ from diffpress.plan import LayerQuant, MadeFor, Plan
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
+SEARCH = ["search", "shapes", "--space", "default", "--budget", "speedup >= 6", "--output", "b"]
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -85,6 +86,20 @@ def refused(capsys: Capture, *words: str | Path) -> str:
         (["compare", "b", "c"], "b is neither a bundle nor a report"),
         (["compare", "b", "c", "--html", "nowhere/x.html"], "there is no folder nowhere"),
         (["compare", "b", "c", "--json", "folder.png"], "folder.png is a folder"),
+        (["search", "shapes", "--space", "default", "--output", "b"], "required: --budget"),
+        ([*SEARCH, "--budget", "speed >= 6"], "nothing measures 'speed'"),
+        ([*SEARCH, "--budget", "cold_start_ms <= 6"], "a search does not measure cold_start_ms"),
+        ([*SEARCH, "--minimise", "beauty"], "there is no loss 'beauty', choose from: latent_error"),
+        ([*SEARCH, "--trials", "0"], "--trials: 0 is less than 1"),
+        ([*SEARCH, "--images", "1"], "--images: 1 is less than 2"),
+        ([*SEARCH, "--prompts", "empty.txt"], "holds no prompts"),
+        ([*SEARCH, "--space", "none.yaml"], "there is no space 'none.yaml'"),
+        ([*SEARCH, "--space", "empty.txt"], "must be a mapping with 'passes'"),
+        ([*SEARCH, "--output", "there"], "there exists already and holds no search"),
+        ([*SEARCH, "--output", "there/file/b"], "there/file is a file"),
+        (["search", "./none", *SEARCH[2:]], "there is no model at ./none"),
+        (["search", "there", *SEARCH[2:]], "there is not a diffusers pipeline"),
+        (["search", "there", *SEARCH[2:], "--minimise", "frechet"], "needs judges that only 'shapes' comes with"),
         (["inspect", "b"], "there is no bundle at b"),
         (["inspect", "there"], "it has no diffpress.json"),
     ],

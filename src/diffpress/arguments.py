@@ -68,6 +68,13 @@ With --gate "attribute_accuracy >= -1pt" it exits with code 3 where that does no
 prints speed, sizes, quality and gates of each, from its report. Takes bundles and report.json files of one model, the
 same prompts and the same reference; where their machines differ it shows ratios and no times.""",
     ),
+    "search": (
+        "find the recipe that loses least within limits",
+        """  diffpress search ./stable-diffusion-v1-5 --space default --budget "speedup >= 6" --output found/
+tries 40 recipes and writes found/: report.html with the front, recipe.yaml, and the bundle of the best within the
+limits. The same command goes on where it was interrupted. A space is a YAML file in a recipe's words, with lists and
+ranges in place of values. With --ray the trials run on a Ray cluster. Needs pip install 'diffpress[search]'.""",
+    ),
     "inspect": (
         "show what is inside a bundle and whether it is whole",
         """  diffpress inspect sd15/
@@ -172,6 +179,22 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("runs", metavar="RUN", nargs="+", help="a bundle that was measured, or a report.json; two or more")
     add("--json", type=Path, metavar="FILE", help="write what is shown as data")
     add("--html", type=Path, metavar="FILE", help="write a page with a plot of quality against speed")
+
+    add = made["search"].add_argument
+    add("model", metavar="MODEL", help="a diffusers folder, a hub id, or 'shapes' (the embedded pipeline)")
+    add("--space", required=True, metavar="FILE", help="a YAML file, or 'default'")
+    budget = "'speedup >= 6', 'bytes <= 0.3x', 'attribute_accuracy >= -1pt', ...; may be repeated"
+    add("--budget", type=_gate, action="append", required=True, metavar="LIMIT", help=budget)
+    losses = "latent_error, latent_error_median, psnr_loss, ssim_loss, clip_loss, attribute_loss or frechet"
+    add("--minimise", default="latent_error", metavar="LOSS", help=f"{losses} (default: %(default)s)")
+    add("--output", required=True, type=Path, metavar="DIR", help="the folder to make, or a search's to go on with")
+    add("--trials", type=_whole(1), default=40, metavar="N", help="recipes to try (default: %(default)s)")
+    add("--workers", type=_whole(1), metavar="N", help="trials at a time (default: one a core, 4 at most)")
+    add("--ray", metavar="ADDRESS", help="run them on a Ray cluster: host:port, or auto for this machine's")
+    prompts = "prompts of yours, one a line: a third calibrates, a third judges trials, a third the front"
+    add("--prompts", type=Path, metavar="FILE", help=prompts)
+    add("--images", type=_whole(2), default=24, metavar="N", help="to judge a trial on (default: %(default)s)")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="of calibration, images and suggestions (default: 0)")
 
     add = made["inspect"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)

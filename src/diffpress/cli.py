@@ -34,6 +34,8 @@ EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "modelopt": "modelopt",
     "torchmetrics": "metrics",
+    "optuna": "search",
+    "ray": "ray",
 }
 # Libraries that talk while they work; what they say is for --verbose.
 CHATTY = ("transformers", "diffusers", "huggingface_hub", "torch", "torch.onnx", "onnxscript", "onnx_ir", "accelerate")
@@ -339,6 +341,24 @@ def _compare(options: argparse.Namespace) -> None:
         print(compare.as_text(found))
 
 
+def _search(options: argparse.Namespace) -> None:
+    _check_writable(options.output)
+    errors.require("optuna", "search", "search for a recipe")
+    from diffpress.benchmarks.search import report, run
+
+    _hide_bars(options)
+    budgets = tuple(dict.fromkeys(map(gates.parse, options.budget)))
+    names = ("minimise", "trials", "workers", "ray", "prompts", "images", "seed")
+    asked = run.Asked(budgets, **{name: getattr(options, name) for name in names})
+    made, found = run.search(options.model, options.space, options.output, asked, options.quiet)
+    if missed := found["bundle"]["missed"]:
+        print(f"diffpress: warning: {made.path}, measured again, misses {missed}", file=sys.stderr)
+    if not options.quiet:
+        for line in report.lines(found):
+            print(line)
+        print(f"recipe: {options.output / run.RECIPE}\nbundle: {made.path}\nreport: {options.output / run.PAGE}")
+
+
 def _inspect(options: argparse.Namespace) -> None:
     import json
 
@@ -399,6 +419,7 @@ COMMANDS: dict[str, arguments.Command] = {
     "unpack": _unpack,
     "bench": _bench,
     "compare": _compare,
+    "search": _search,
     "inspect": _inspect,
     "demo": _demo,
 }

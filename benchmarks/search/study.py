@@ -1,0 +1,227 @@
+"""The loop of a search: Optuna suggests, workers try, records are kept and told. It can be killed at any time.
+
+TPE with several objectives (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator") on the speedup and
+the loss, with the budgets as constraints. This process alone reads and writes the study; a record is a file, written
+before the study hears of it, so that whatever was finished is never run again.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpress.benchmarks.search import objective
+from diffpress.benchmarks.search import space as spaces
+from diffpress.benchmarks.search.objective import Loss
+from diffpress.benchmarks.search.space import Space
+from diffpress.benchmarks.search.trial import HOPELESS, MEASURED, REFUSED, key_of
+from diffpress.benchmarks.search.workers import Record, Workers
+from diffpress.compress.recipe import Recipe
+from diffpress.errors import DiffpressError, require
+from diffpress.gates import Gate
+from diffpress.paths import write
+
+if TYPE_CHECKING:
+    import optuna
+
+NAME = "search"
+STARTUP = 10  # trials before the sampler trusts what it has seen, those tried first among them
+PATIENCE = 100  # suggestions in a row that are known or refused, after which the space holds no more
+REFUSAL = 10.0  # what a refused recipe counts as in the sampler's eyes: limits missed by a share of that
+GIVEN = "given"  # attribute of a trial that comes first: {name, recipe, precision, drawn}
+
+
+class Records:
+    """What trials found: a file each, by key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+        self._known: dict[str, Record] = {file.stem: json.loads(file.read_text("utf-8")) for file in files}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._known.values())
+
+    def get(self, key: str) -> Record | None:
+        """The record of a key."""
+        return self._known.get(key)
+
+    def add(self, record: Record) -> None:
+        """Keep a record, on disk first."""
+        write(self.folder / f"{record['key']}.json", json.dumps(record, indent=1).encode())
+        self._known[record["key"]] = record
+
+    def measured(self) -> list[Record]:
+        """Those of trials that went to the end."""
+        return [record for record in self if record["state"] == MEASURED]
+
+
+@dataclass
+class Search:
+    """What the loop needs to know, and its study."""
+
+    space: Space
+    precisions: Sequence[str]
+    first: Mapping[str, Recipe]  # by name
+    preferred: str  # the precision that they are tried in
+    loss: Loss
+    budgets: Sequence[Gate]
+    records: Records
+    storage: Path
+    seed: int = 0
+    refused: dict[str, str] = field(default_factory=dict)  # by key, recipes that need no trial to be refused
+    drawn: set[str] = field(default_factory=set)  # keys of what the space has come up with
+    study: optuna.Study = field(init=False)
+
+    def __post_init__(self) -> None:
+        optuna = require("optuna", "search", "search for a recipe")
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.study = optuna.create_study(
+            storage=_stored(self.storage), study_name=NAME, directions=["maximize", "minimize"], load_if_exists=True
+        )
+        before = self.study.get_trials(deepcopy=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # grouping is marked as experimental
+            # Grouped: fields of a pass are drawn together where it is there. Another seed after an interruption, or the
+            # same suggestions would come again.
+            self.study.sampler = optuna.samplers.TPESampler(
+                seed=self.seed + len(before), n_startup_trials=STARTUP, multivariate=True, group=True
+            )
+        if not before:
+            for name, recipe in self.first.items():
+                self._enqueue(name, recipe)
+        for one in before:
+            if one.state == optuna.trial.TrialState.RUNNING:
+                # Its process was killed.
+                self.study.tell(one.number, state=optuna.trial.TrialState.FAIL)
+                fixed = one.system_attrs.get("fixed_params", one.params)
+                self.study.enqueue_trial(fixed, user_attrs=one.user_attrs)
+
+    def _enqueue(self, name: str, recipe: Recipe) -> None:
+        document = {**spaces.document(recipe), "name": name}
+        drawn = self.space.parameters(recipe, self.preferred, self.precisions)
+        given = {"name": name, "recipe": document, "precision": self.preferred, "drawn": bool(drawn)}
+        self.study.enqueue_trial(drawn or {}, user_attrs={GIVEN: given})
+
+    def suggested(self) -> tuple[optuna.Trial, Record]:
+        """A trial of the study, and what it tries: {key, recipe, precision, name}."""
+        trial = self.study.ask()
+        given = trial.user_attrs.get(GIVEN)
+        if given is None or given["drawn"]:  # drawn again where it was, so that the sampler learns from it
+            passes, precision = self.space.draw(trial, self.precisions)
+            document = self.space.document(f"search-{trial.number}", passes)
+        if given is not None:
+            document, precision = given["recipe"], given["precision"]
+        key = key_of(document, precision)
+        if given is None or given["drawn"]:
+            self.drawn.add(key)
+        return trial, {
+            "key": key,
+            "recipe": document,
+            "precision": precision,
+            "name": given["name"] if given else None,
+        }
+
+    @property
+    def queued(self) -> bool:
+        """Whether there is something that does not come from the space's own choices."""
+        import optuna
+
+        return bool(self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+
+    def tell(self, trial: optuna.Trial, record: Record) -> None:
+        """Tell the study what came of a trial."""
+        import optuna
+
+        trial.set_user_attr("key", record["key"])
+        if record["state"] == MEASURED:
+            for gate in self.budgets:
+                trial.set_constraint(str(gate), objective.missed(gate, record))
+            self.study.tell(trial, [objective.speed(record), self.loss.of(record)])
+            return
+        trial.set_user_attr("message", record["message"])
+        if record["state"] != HOPELESS:
+            trial.set_constraint("valid", REFUSAL)
+        self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+
+def _stored(file: Path) -> optuna.storages.RDBStorage:
+    """The study's file, which is not flushed to the disk all the time: what a killed process wrote stays, too."""
+    import optuna
+    from sqlalchemy import event
+
+    storage = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+    storage.engine.dispose()  # the next connection is the first that is told
+    event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
+    return storage
+
+
+def drive(
+    search: Search,
+    workers: Workers,
+    trials: int,
+    task_of: Callable[[Record], Mapping[str, Any]],
+    heard: Callable[[Record], object] = lambda _: None,
+) -> bool:
+    """Run trials until there are `trials` records; whether there still was something to try.
+
+    `task_of` makes the task for what was suggested, `heard` is told every new record. Suggestions that were tried
+    already, or that are no recipe, are answered at once and do not count.
+    """
+    running: dict[int, str] = {}  # slot -> key
+    waiting: dict[str, list[optuna.Trial]] = {}  # key -> those that want its record
+    more = True
+    while True:
+        while more and len(running) < workers.count and len(search.records) + len(running) < trials:
+            suggestion = _fresh(search, waiting)
+            if suggestion is None:
+                more = False
+                break
+            slot = next(slot for slot in range(workers.count) if slot not in running)
+            running[slot] = suggestion["key"]
+            workers.start(slot, task_of(suggestion))
+        if not running:
+            return more
+        for slot, record in workers.finished():
+            search.records.add(record)
+            for trial in waiting.pop(running.pop(slot)):
+                search.tell(trial, record)
+            heard(record)
+
+
+def _fresh(search: Search, waiting: dict[str, list[optuna.Trial]]) -> Record | None:
+    """A suggestion that has to be tried, and is in `waiting` from now on; None where none comes."""
+    size = search.space.size(search.precisions)
+    for _ in range(PATIENCE):
+        if len(search.drawn) >= size and not search.queued:
+            return None
+        trial, wanted = search.suggested()
+        key = wanted["key"]
+        if key in waiting:
+            waiting[key].append(trial)
+        elif (record := search.records.get(key)) is not None:
+            search.tell(trial, record)
+        elif (message := _wrong(search, wanted)) is not None:
+            search.tell(trial, {"key": key, "state": REFUSED, "message": message})
+        else:
+            waiting[key] = [trial]
+            return wanted
+    return None
+
+
+def _wrong(search: Search, wanted: Record) -> str | None:
+    """Why a recipe can be refused without a trial."""
+    if wanted["key"] not in search.refused:
+        try:
+            Recipe.model_validate(wanted["recipe"]).built()
+        except DiffpressError as error:
+            search.refused[wanted["key"]] = str(error)
+    return search.refused.get(wanted["key"])
