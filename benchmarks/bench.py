@@ -1,11 +1,15 @@
-"""Judges a bundle: the compressed pipeline, the same model exported without compression, and diffusers in FP32."""
+"""Judges a bundle: the compressed pipeline, the same model exported without compression, and diffusers in FP32.
+
+Under `accelerate launch` the first process measures time while the others wait; all of them draw.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,53 +18,94 @@ from typing import Any
 from tqdm import tqdm
 
 from diffpress import bundle as bundles
-from diffpress.benchmarks import candidates, document, machine, memory, plain, prompts, report, scores, speed
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Candidate, Drawn, Reference
-from diffpress.benchmarks.gates import gathered, judge
+from diffpress.benchmarks import (
+    candidates,
+    card,
+    document,
+    drawing,
+    front,
+    machine,
+    prompts,
+    report,
+    saved,
+    scores,
+    timing,
+)
+from diffpress.benchmarks.candidates import COMPRESSED, PLAIN, REFERENCE, Drawn, Reference
+from diffpress.benchmarks.compared import Compared
+from diffpress.benchmarks.gates import gathered
+from diffpress.benchmarks.gates import judge as judge_by
+from diffpress.benchmarks.networks import Networks
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import Sampling
-
-KEPT = 16  # images whose latents are compared step by step
 
 
 def bench(
     bundle_path: str | Path,
     against: str,
-    images: int = 200,
+    images: int | None = None,
     json_file: Path | None = None,
     quiet: bool = False,
     *,
     prompts_file: Path | None = None,
     uncompressed: Path | None = None,
-    reference: Candidate | None = None,
+    reference: Reference | None = None,
     gates: Sequence[str] = (),
+    networks: Networks | None = None,
+    save_images: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
 
     It is judged by the gates of its recipe and those given, and marked as failed where one fails (`gates.check`
     then raises); passing all of them takes the mark away, and where there are none it stays as it is.
 
-    `uncompressed` is a folder for the export without compression, made if absent and used if it fits; without one it
-    is made in a temporary place. `reference` is the diffusers pipeline, opened if
-    absent. Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
+    `images` None are as many as `prompts_file` has prompts, or `prompts.IMAGES`. `uncompressed` is a folder for the
+    export without compression, made if absent and used if it fits; without one it is made in a temporary place.
+    `reference` is the diffusers pipeline, opened if absent. `networks` judge images, those that the environment names
+    if absent. `save_images` is a folder for images and prompts. An interrupted bench goes on with the images it lacks.
+    Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
     """
-    if images < 1:
+    if images is not None and images < 1:
         raise DiffpressError(f"--images is {images}: at least 1 is needed")
     opened = bundles.load(bundle_path)
     check_model(opened, against)
-    wanted = gathered(opened.manifest, gates)
+    asked = gathered(opened.manifest, gates)
     chosen = prompts.choose(images, _is_shapes(against), prompts_file)
+    if save_images is not None:
+        saved.check(save_images)
+    networks = networks or Networks.load()
+    from diffpress.calibration import processes
+    from diffpress.calibration.model import folder_of
+
+    processes.take_own_gpu()
     with _uncompressed(opened, against, uncompressed, quiet) as export:
-        result, pictures = measure(opened, export, against, chosen, quiet, reference)
-    result |= judge(result, wanted)
-    result["reproduce"] = document.commands(Path(bundle_path), against, images, opened.manifest, map(str, wanted))
-    result = document.finite(result)
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    if json_file is not None:
-        json_file.write_text(text, "utf-8")
-    _into(opened, {"report.json": text, "report.html": report.render(result, pictures)}, result)
-    return result
+        compared = Compared(opened, export, against, {} if reference is None else {REFERENCE: reference})
+        found = timing.measure(compared, chosen.texts, quiet) if processes.is_main() else None
+        choice = processes.from_main(found.choice if found else None)
+        folder, wanted = drawing.folder_of(opened, chosen.texts), compared.wanted(chosen.texts, choice)
+        drawing.draw_all(wanted, lambda name: compared.open(name, choice), folder, _progress(quiet))
+        result: dict[str, Any] | None = None
+        if found:
+            drawn = drawing.read_all(wanted, folder)
+            result = judge(
+                compared, found, drawn, scores.Judging(chosen, networks, drawn[REFERENCE].pixels), save_images
+            )
+            result |= judge_by(result, asked)
+            if folder_of(against) is None:
+                result["model"]["hub"] = against
+            given = {**({"--prompts": prompts_file} if prompts_file else {}), **networks.options()}
+            result["reproduce"] = document.commands(
+                Path(bundle_path), against, len(chosen.texts), opened.manifest, given, map(str, asked)
+            )
+            result = document.finite(result)
+            assert result is not None
+            text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+            if json_file is not None:
+                json_file.write_text(text, "utf-8")
+            page = report.render(result, _pictures(drawn, result["pictures"]))
+            _into(opened, {"report.json": text, "report.html": page, "README.md": card.card(result)}, result)
+            shutil.rmtree(folder, ignore_errors=True)
+        return processes.from_main(result)
 
 
 def check_model(bundle: Bundle, against: str) -> None:
@@ -88,9 +133,11 @@ def _is_shapes(against: str) -> bool:
 def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool) -> Iterator[Bundle]:
     """The same model exported without compression, on its own schedule."""
     from diffpress import api
+    from diffpress.calibration import processes
 
     steps = candidates.own_schedule(bundle.manifest)[0].steps
-    with tempfile.TemporaryDirectory(prefix="diffpress-bench-") as temporary:
+    temporary = processes.from_main(tempfile.mkdtemp(prefix="diffpress-bench-") if processes.is_main() else None)
+    try:
         place = folder or Path(temporary) / "uncompressed"
         if not place.exists():
             loras = candidates.loras_of(bundle.manifest)
@@ -101,110 +148,66 @@ def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool
         if export.manifest.get("passes"):
             raise DiffpressError(f"{place} is compressed: name an empty place or one made with --recipe fp32")
         yield export
+    finally:
+        if processes.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def measure(
-    bundle: Bundle,
-    export: Bundle,
-    against: str,
-    chosen: prompts.Prompts,
-    quiet: bool,
-    reference: Candidate | None = None,
-) -> tuple[dict[str, Any], list[report.Picture]]:
-    """Everything the report says, and the pictures it shows."""
-    from diffpress.runtime.backends import available
-    from diffpress.runtime.pipeline import Pipeline
-
-    sampling = Sampling.from_json(bundle.manifest["sampling"])
-    own, scheduler = candidates.own_schedule(bundle.manifest)  # what is not compressed keeps the model's own schedule
-
-    def open_compressed(backend: str, precision: str) -> Candidate:
-        return Pipeline.load(bundle, backend, precision)
-
-    backends = tqdm(available(), desc="trying backends", unit="backend", disable=quiet)
-    default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
-    backend, precision = default["name"], default["precision"]
-    pipelines: dict[str, Candidate] = {
-        REFERENCE: reference or Reference.load(against, own, scheduler, candidates.loras_of(bundle.manifest)),
-        EXPORT: Pipeline.load(export, backend, "fp32", sampling=own),
-        COMPRESSED: open_compressed(backend, precision),
-    }
-    if precision != "fp32":
-        pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=own)
-    timings = speed.time_all(pipelines, chosen.texts, quiet)
-
-    def open_plain(schedule: Sampling) -> Candidate:
-        return Pipeline.load(export, backend, precision, sampling=schedule)
-
-    def open_timed(steps: int) -> Candidate:
-        return open_plain(plain.schedules(scheduler, own, steps)[plain.TIMED])
-
-    trials = plain.compare(timings, pipelines, open_timed, own.steps, chosen.texts[0], quiet)
-    pipelines.pop(STRICT, None)
-    batch, fits, rival = candidates.batch_size(bundle.manifest["latent"]), plain.best(trials), None
-    if fits is not None:
-        rivals = plain.schedules(scheduler, own, fits.steps)
-        rival, fewer = plain.best_schedule(rivals, open_plain, pipelines[REFERENCE], chosen.texts, batch, quiet)
-        pipelines[PLAIN] = fewer
-    drawn = _draw_all(pipelines, chosen.texts, batch, quiet)
-    judging = scores.Judging(chosen)
+def judge(
+    compared: Compared,
+    found: timing.Found,
+    drawn: Mapping[str, Drawn],
+    judging: scores.Judging,
+    save_images: Path | None = None,
+) -> dict[str, Any]:
+    """Everything the report says but for how to get it again; saves the images where that is asked for."""
+    texts, sampling, own = judging.prompts.texts, compared.sampling, compared.own
+    distance = document.apart(drawn, judging)
+    if save_images is not None:
+        saved.save(save_images, drawn, texts, distance)
     result = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **document.subject(bundle, sampling, own),
+        **document.subject(compared.bundle, sampling, own),
         "prompts": {
-            "source": chosen.source,
-            "count": len(chosen.texts),
-            "seeds": f"0..{len(chosen.texts) - 1}",
-            "digest": chosen.digest,
+            "source": judging.prompts.source,
+            "count": len(texts),
+            "seeds": f"0..{len(texts) - 1}",
+            "digest": judging.prompts.digest,
         },
-        **document.speed(timings, precision),
-        "size_bytes": document.sizes(bundle),
-        "peak_rss_bytes": _peaks(bundle, export, against, default, chosen.texts[0], quiet),
-        **document.quality(drawn, judging, same_schedule=sampling == own),
-        PLAIN: document.fewer_steps(trials, rival, drawn, judging, default),
-        "faults": scores.all_faults(drawn),
-        "backend": default,
-        "backends_tried": tried,
+        **found.entries,
+        "size_bytes": document.sizes(compared.bundle, compared.export, compared.model_folder()),
+        **document.quality(drawn, judging, distance, same_schedule=sampling == own),
+        PLAIN: document.fewer_steps(
+            found.trials, found.rival.schedule if found.rival else None, drawn, judging, found.entries["backend"]
+        ),
+        "pictures": document.pictures(drawn, texts),
+        "layers": document.layers(compared.bundle),
+        "metrics": judging.metrics(),
+        "faults": scores.all_faults(dict(drawn)),
         "machine": machine.machine(),
         "versions": machine.versions(),
     }
-    return result, _pictures(drawn, chosen.texts)
+    result["candidates"] = front.rows(result["speedup"], result["same_precision"], found.trials, drawn, found.rival)
+    return result
 
 
-def _draw_all(pipelines: dict[str, Candidate], texts: list[str], batch: int, quiet: bool) -> dict[str, Drawn]:
-    """The same prompts and seeds for all; of the plain export only those that are compared step by step."""
-    counts = {name: min(KEPT, len(texts)) if name == EXPORT else len(texts) for name in pipelines}
-    drawn = {}
-    with tqdm(total=sum(counts.values()), desc="drawing", unit="image", disable=quiet) as bar:
-        for name, candidate in pipelines.items():
-            count = counts[name]
-            keep = 0 if name == PLAIN else KEPT
-            bar.set_postfix_str(name.replace("_", " "))
-            drawn[name] = candidates.draw(candidate, texts[:count], range(count), batch, keep, bar.update)
-    return drawn
+def _progress(quiet: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
+    from diffpress.calibration import processes
+
+    def show(items: Iterable[Any], what: str) -> Iterable[Any]:
+        return tqdm(items, desc=what, unit="batch", disable=quiet or not processes.is_main())
+
+    return show
 
 
-def _peaks(
-    bundle: Bundle, export: Bundle, against: str, default: dict[str, str], prompt: str, quiet: bool
-) -> dict[str, int]:
-    runs = {"backend": default["name"], "prompt": prompt}
-    tasks = {
-        REFERENCE: {"bundle": str(bundle.path), "against": against, "prompt": prompt},
-        EXPORT: {"bundle": str(export.path), "precision": "fp32", **runs},
-        COMPRESSED: {"bundle": str(bundle.path), "precision": default["precision"], **runs},
-    }
-    bar = tqdm(tasks.items(), desc="measuring memory", unit="process", disable=quiet)
-    return {name: memory.peak_rss(task) for name, task in bar}
-
-
-def _pictures(drawn: dict[str, Drawn], texts: list[str]) -> list[report.Picture]:
+def _pictures(drawn: dict[str, Drawn], shown: list[dict[str, Any]]) -> list[report.Picture]:
     reference, compressed, fewer = drawn[REFERENCE], drawn[COMPRESSED], drawn.get(PLAIN)
     return [
         report.Picture(
-            texts[index], index, note, reference.pixels[index], compressed.pixels[index],
-            None if fewer is None else fewer.pixels[index],
+            place, reference.pixels[row["image"]], compressed.pixels[row["image"]],
+            None if fewer is None else fewer.pixels[row["image"]],
         )
-        for index, note in scores.shown(reference, compressed)
+        for place, row in enumerate(shown)
     ]  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 REFERENCE, EXPORT, COMPRESSED = "reference_eager", "uncompressed_export", "compressed"
 STRICT = "uncompressed_export_same_precision"  # timed where the compressed bundle runs in another precision than fp32
 PLAIN = "fewer_plain_steps"
+RESCHEDULED = "reference_eager_same_schedule"  # timed where the compressed bundle has another schedule than its model
 
 
 class Candidate(Protocol):
@@ -37,9 +39,7 @@ class Reference:
     sampling: Sampling
 
     @classmethod
-    def load(
-        cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any], loras: Sequence[Lora] = ()
-    ) -> Reference:
+    def load(cls, model: str, sampling: Sampling, scheduler: Mapping[str, Any], loras: Sequence[Lora] = ()) -> Self:
         """Open `model`; `scheduler` is the manifest's entry {class, config}, whatever the folder itself prefers.
 
         `loras` are fused, as they are in what it is compared with. A schedule that this scheduler does not make by
@@ -55,6 +55,14 @@ class Reference:
         pipeline.scheduler = playing(configured, sampling)
         return cls(pipeline, sampling)
 
+    def on(self, sampling: Sampling) -> Reference:
+        """The same networks, bound to another schedule."""
+        from diffpress.calibration.tabulated import playing
+
+        pipeline = copy.copy(self.pipeline)
+        pipeline.scheduler = playing(self.pipeline.scheduler, sampling)
+        return Reference(pipeline, sampling)
+
     def __call__(self, prompts: list[str], seeds: list[int], *, keep_latents: bool = False) -> Any:
         """Draw one image for each prompt; stages and steps are timed from outside, by what the pipeline calls back."""
         import torch
@@ -63,19 +71,25 @@ class Reference:
 
         latents: list[np.ndarray] = []
         marks: list[float] = []  # the first denoiser call begins, then each step ends
+        on_gpu = self.pipeline.unet.device.type == "cuda"
+
+        def now() -> float:
+            if on_gpu:
+                torch.cuda.synchronize()  # or the launches alone would be timed
+            return time.perf_counter()
 
         def on_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            marks.append(time.perf_counter())
+            marks.append(now())
             if keep_latents:
                 latents.append(tensors["latents"].numpy(force=True).copy())
             return tensors
 
         def on_denoiser(*_: Any) -> None:
             if not marks:
-                marks.append(time.perf_counter())
+                marks.append(now())
 
         hook = self.pipeline.unet.register_forward_pre_hook(on_denoiser)
-        start = time.perf_counter()
+        start = now()
         try:
             drawn = self.pipeline(
                 list(prompts),
@@ -89,7 +103,7 @@ class Reference:
             )
         finally:
             hook.remove()
-        end = time.perf_counter()
+        end = now()
         return Images(
             pixels=(drawn.images * 255).round().astype(np.uint8),
             latents=latents,

@@ -11,7 +11,7 @@ from typing import Any
 from diffpress.benchmarks import plots
 from diffpress.benchmarks.candidates import PLAIN
 from diffpress.benchmarks.compare import heading, rows
-from diffpress.benchmarks.sections import rows_to_table
+from diffpress.benchmarks.markup import rows_to_table
 
 TITLE = "Speed and quality side by side"
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from diffpress import gates
-from diffpress.benchmarks.sections import rows_to_table
+from diffpress.benchmarks.markup import scrolling
 from diffpress.errors import GateError
 from diffpress.gates import METRICS, Gate
 
@@ -69,10 +69,13 @@ def section(report: Mapping[str, Any]) -> str:
         return ""
     failed = sum(not entry["passed"] for entry in entries)
     rows = [
-        [escape(entry["gate"]), escape(gates.measured(entry)), "passed" if entry["passed"] else "<b>failed</b>"]
+        [
+            escape(entry["gate"]),
+            escape(gates.measured(entry).removeprefix("measured ")),
+            "passed" if entry["passed"] else '<b class="bad">failed</b>',
+        ]
         for entry in entries
     ]
     title = f"{failed} of {len(entries)} gates failed" if failed else "Every gate passed"
     mark = " failed" if failed else ""
-    table = rows_to_table(["gate", "", ""], rows)
-    return f'<aside class="gates{mark}"><h3>{title}</h3><div class="scroll">{table}</div></aside>'
+    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "measured", ""], rows)}</aside>'

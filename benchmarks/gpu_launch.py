@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffpress
+from diffpress.benchmarks import isolated
 
 LIMIT_S = 2400  # of one job: an engine or a compilation of a large model may take half an hour
 LONGEST = 300  # letters of a reason
@@ -30,12 +29,11 @@ def launched(job: Job, log: Path) -> dict[str, Any]:
     file, result = log.with_suffix(".job.json"), log.with_suffix(".result.json")
     file.write_text(json.dumps({**job, "result": str(result)}), "utf-8")
     result.unlink(missing_ok=True)
-    path = os.pathsep.join([str(Path(diffpress.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "diffpress.benchmarks.gpu_worker", str(file)]
     with log.open("wb") as stream:
         try:
             code = subprocess.run(
-                command, stdout=stream, stderr=stream, timeout=LIMIT_S, env=os.environ | {"PYTHONPATH": path}
+                command, stdout=stream, stderr=stream, timeout=LIMIT_S, env=isolated.environment()
             ).returncode
         except subprocess.TimeoutExpired as error:
             raise Failed(f"it did not finish within {LIMIT_S} s, see {log.name}") from error

@@ -37,6 +37,9 @@ PACKAGES = (
     "triton",
     "numpy",
     "DeepCache",
+    "tomesd",
+    "nncf",
+    "nvidia-modelopt",
 )
 
 
@@ -59,6 +62,11 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def launched() -> bool:
+    """Whether this is one of several processes that a launcher started, which leaves each a single thread."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def versions() -> dict[str, str]:

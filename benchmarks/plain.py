@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, STRICT, Candidate, draw
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, STRICT, Candidate, Drawn, draw
 from diffpress.benchmarks.latency import alternate, paired_ratio
 from diffpress.benchmarks.quality import relative_l2
 from diffpress.benchmarks.speed import Timings
@@ -70,19 +70,65 @@ def best_schedule(
     texts: Sequence[str],
     batch: int,
     quiet: bool = True,
+    on_drawn: Callable[[str, Drawn], object] = lambda *_: None,
 ) -> tuple[str, Candidate]:
-    """The rival whose latents end nearest to the reference's, by the median over the first JUDGED of `texts`."""
+    """The rival whose latents end nearest to the reference's, by the median over the first JUDGED of `texts`.
+
+    `on_drawn` hears what each rival drew of these.
+    """
     some = list(texts)[:JUDGED]
     wanted = draw(reference, some, range(len(some)), batch).latents
     errors: dict[str, float] = {}
     opened: dict[str, Candidate] = {}
     for name, sampling in tqdm(rivals.items(), desc="plain schedules", unit="schedule", disable=quiet):
         candidate = open_plain(sampling)
-        found = draw(candidate, some, range(len(some)), batch).latents
-        errors[name] = float(np.median(relative_l2(found, wanted)))
+        drawn = draw(candidate, some, range(len(some)), batch)
+        on_drawn(name, drawn)
+        errors[name] = float(np.median(relative_l2(drawn.latents, wanted)))
         if errors[name] <= min(errors.values()):
             opened = {name: candidate}  # sessions hold a copy of the weights: only the best is kept
     return next(iter(opened.items()))
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The best plain schedule that is as fast, and what was drawn on the way to it, by (schedule, steps)."""
+
+    schedule: str
+    steps: int
+    sampling: Sampling
+    drawn: dict[tuple[str, int], Drawn]
+
+
+def rival(
+    trials: Sequence[Trial],
+    scheduler: Mapping[str, Any],
+    own: Sampling,
+    open_plain: Callable[[Sampling], Candidate],
+    reference: Candidate,
+    texts: Sequence[str],
+    batch: int,
+    quiet: bool = True,
+) -> Rival | None:
+    """The rival at the largest step count that fits; None where none does.
+
+    Every schedule draws the first JUDGED of `texts` at that count, and the chosen one at the other counts, too, for
+    the picture of quality against speed.
+    """
+    found = best(list(trials))
+    if found is None:
+        return None
+    drawn: dict[tuple[str, int], Drawn] = {}
+    rivals = schedules(scheduler, own, found.steps)
+    name, _ = best_schedule(
+        rivals, open_plain, reference, texts, batch, quiet,
+        lambda name, images: drawn.update({(name, found.steps): images}),
+    )  # fmt: skip
+    some = list(texts)[:JUDGED]
+    for steps in sorted({trial.steps for trial in trials} - {found.steps}):
+        if sampling := schedules(scheduler, own, steps).get(name):
+            drawn[name, steps] = draw(open_plain(sampling), some, range(len(some)), batch)
+    return Rival(name, found.steps, rivals[name], drawn)
 
 
 def compare(

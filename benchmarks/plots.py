@@ -8,13 +8,16 @@ from html import escape
 
 WIDTH, HEIGHT = 480, 250  # of a plot, in its own units; it scales with the page
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 34
+FOOT = 44  # below the plots of the report's page, whose letters are larger on a phone
 
 
-def _svg(body: str, label: str, height: float = HEIGHT) -> str:
+def svg(body: str, label: str, height: float = HEIGHT) -> str:
+    """A plot that the page's style sheet colours, and what it is called for who cannot see it."""
     return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
 
 
-def _text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
+def text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
+    """Words at a point of a plot; `anchor` as in SVG, `kind` a class."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
 
 
@@ -44,12 +47,12 @@ def _axes(ticks: Mapping[str, float], steps: int, x_of: Sequence[float], unit: s
     parts = []
     for words, y in ticks.items():
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 6, y + 4, words, "end"))
+        parts.append(text(LEFT - 6, y + 4, words, "end"))
     stride = max(1, int(nice_ticks(steps, 5)[1]))
     shown = [i for i in range(steps) if i == 0 or (i + 1) % stride == 0]
-    parts += [_text(x_of[i], HEIGHT - BOTTOM + 17, str(i + 1)) for i in shown]
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, "step", "end", "soft"))
-    parts.append(_text(0, HEIGHT - 3, unit, "start", "soft"))
+    parts += [text(x_of[i], HEIGHT - FOOT + 18, str(i + 1)) for i in shown]
+    parts.append(text(WIDTH - RIGHT, HEIGHT - 3, "step", "end"))
+    parts.append(text(0, HEIGHT - 3, unit, "start"))
     return "".join(parts)
 
 
@@ -62,7 +65,7 @@ def error_lines(series: Mapping[str, Sequence[float | None]], marks: str, label:
     if len(ticks) < 2:
         ticks = [ticks[0] / 10, ticks[0]]
     low, high = math.log10(ticks[0]), math.log10(ticks[-1])
-    bottom = HEIGHT - BOTTOM
+    bottom = HEIGHT - FOOT
 
     def y_of(value: float) -> float:
         return bottom - (math.log10(max(value, ticks[0])) - low) / (high - low) * (bottom - TOP)
@@ -79,7 +82,7 @@ def error_lines(series: Mapping[str, Sequence[float | None]], marks: str, label:
             kind = f"dot {name} open" if reused else f"dot {name}"
             title = f"<title>step {i + 1}: {value:.3g}</title>"
             body.append(f'<circle class="{kind}" cx="{x_of[i]:.1f}" cy="{y_of(value):.1f}" r="2.6">{title}</circle>')
-    return _svg("".join(body), label)
+    return svg("".join(body), label)
 
 
 def step_columns(steps_ms: Sequence[float], marks: str, others: Mapping[str, Sequence[float]], label: str) -> str:
@@ -88,7 +91,7 @@ def step_columns(steps_ms: Sequence[float], marks: str, others: Mapping[str, Seq
     if not steps_ms:
         return ""
     ticks = nice_ticks(max([*steps_ms, *levels.values()]))
-    bottom = HEIGHT - BOTTOM
+    bottom = HEIGHT - FOOT
 
     def y_of(value: float) -> float:
         return bottom - value / ticks[-1] * (bottom - TOP)
@@ -110,31 +113,12 @@ def step_columns(steps_ms: Sequence[float], marks: str, others: Mapping[str, Seq
         body.append(
             f'<line class="line {name}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}">{title}</line>'
         )
-    return _svg("".join(body), label)
+    return svg("".join(body), label)
 
 
 def _centres(steps: int) -> list[float]:
     width = (WIDTH - LEFT - RIGHT) / max(1, steps)
     return [LEFT + width * (i + 0.5) for i in range(steps)]
-
-
-def stage_bars(rows: Sequence[tuple[str, Mapping[str, float], str]], label: str) -> str:
-    """Horizontal bars, split by stage: rows of (name, {stage: ms}, words at the end)."""
-    longest = max(sum(stages.values()) for _, stages, _ in rows)
-    room, height, pitch = WIDTH - 96, 20, 50
-    body = []
-    for number, (name, stages, words) in enumerate(rows):
-        y = 6 + pitch * number
-        body.append(_text(0, y + 10, name, "start", "strong"))
-        x = 0.0
-        for stage, value in stages.items():
-            width = value / longest * room
-            title = f"<title>{escape(name)}, {stage}: {value:.1f} ms</title>"
-            place = f'x="{x:.1f}" y="{y + 16}" width="{max(width, 0.5):.1f}" height="{height}"'
-            body.append(f'<rect class="stage-{stage}" {place}>{title}</rect>')
-            x += width
-        body.append(_text(x + 8, y + 31, words, "start"))
-    return _svg("".join(body), label, 6 + pitch * len(rows))
 
 
 COLOURS = ("#757c86", "#c8741a", "#0b6fc2", "#8250b8", "#1a7f4b", "#b3261e")
@@ -163,9 +147,9 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up:
     for tick in ticks:
         y = y_of(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(_text(LEFT - 6, y + 4, _power(tick), "end"))
-    body += [_text(x_of(place), bottom + 17, f"{place:g}") for place in places]
-    body += [_text(WIDTH - RIGHT, HEIGHT - 3, across, "end"), _text(0, 11, up, "start")]
+        body.append(text(LEFT - 6, y + 4, _power(tick), "end"))
+    body += [text(x_of(place), bottom + 17, f"{place:g}") for place in places]
+    body += [text(WIDTH - RIGHT, HEIGHT - 3, across, "end"), text(0, 11, up, "start")]
     for number, ((name, line), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in sorted(line))
         body.append(f'<polyline stroke="{colour}" points="{path}"/>')
@@ -175,7 +159,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up:
         # The curves fall to the right, which leaves the lower left corner free.
         y = bottom - 6 - 15 * (len(series) - 1 - number)
         body.append(f'<rect fill="{colour}" x="{LEFT + 8}" y="{y - 8}" width="10" height="10"/>')
-        body.append(_text(LEFT + 24, y + 1, name, "start"))
+        body.append(text(LEFT + 24, y + 1, name, "start"))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
     return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
 
@@ -228,12 +212,12 @@ def scatter(
     for tick in ticks:
         y = y_of(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(_text(LEFT - 6, y + 4, _power(tick), "end"))
-    for place in _steps_between(10**first, 10**last):
+        body.append(text(LEFT - 6, y + 4, _power(tick), "end"))
+    for place in steps_between(10**first, 10**last):
         x = x_of(place)
         body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        body.append(_text(x, bottom + 17, f"{place:g}"))
-    body += [_text(WIDTH - RIGHT, chart - 3, across, "end"), _text(0, 11, up, "start")]
+        body.append(text(x, bottom + 17, f"{place:g}"))
+    body += [text(WIDTH - RIGHT, chart - 3, across, "end"), text(0, 11, up, "start")]
     path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in sorted(line[1]))
     body.append(f'<polyline stroke="{COLOURS[0]}" points="{path}"/>')
     for (name, dots), (mark, colour) in zip(series.items(), styles, strict=False):
@@ -244,13 +228,91 @@ def scatter(
         x, y = 8 + (number % 2) * WIDTH / 2, chart + 14 + 15 * (number // 2)
         key = f'<rect fill="{colour}" x="{x - 5:.1f}" y="{y - 1:.1f}" width="11" height="2"/>'
         body.append(_mark(mark, x, y, colour) if mark else key)
-        body.append(_text(x + 10, y + 4, name, "start"))
+        body.append(text(x + 10, y + 4, name, "start"))
     height = chart + 8 + 15 * math.ceil(len(entries) / 2)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
     return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
 
 
-def _steps_between(low: float, high: float) -> list[float]:
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def rivals(groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str, up: str) -> str:
+    """Named points (x, error, name) of two groups, both scales logarithmic, small errors on top, and their fronts.
+
+    A front joins the points of a group that none of it beats; these are named where there is room. Stands alone.
+    """
+    width, height = 760, 420
+    points = [point for some in groups.values() for point in some]
+    ticks = log_ticks(min(y for _, y, _ in points), max(y for _, y, _ in points))
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1]) + (len(ticks) == 1)
+    first, last = math.log10(min(x for x, _, _ in points) * 0.9), math.log10(max(x for x, _, _ in points) * 1.1)
+    bottom, top = height - BOTTOM, TOP + 14
+
+    def x_of(value: float) -> float:
+        return LEFT + (math.log10(value) - first) / (last - first) * (width - LEFT - RIGHT)
+
+    def y_of(value: float) -> float:
+        return top + (math.log10(value) - low) / (high - low) * (bottom - top)
+
+    body = [f"<style>{ALONE}.name{{font-size:9px}}</style>"]
+    for tick in ticks:
+        y = y_of(tick)
+        body.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(text(LEFT - 6, y + 4, _power(tick), "end"))
+    for place in steps_between(10**first, 10**last):
+        x = x_of(place)
+        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        body.append(text(x, bottom + 17, f"{place:g}"))
+    body += [text(width - RIGHT, height - 3, across, "end"), text(0, 11, up, "start")]
+    # Names keep clear of every point and of each other.
+    taken: list[_Box] = [(x_of(x) - 4, y_of(y) - 4, x_of(x) + 4, y_of(y) + 4) for x, y, _ in points]
+    for number, ((name, some), (mark, colour)) in enumerate(zip(groups.items(), _PAIR, strict=False)):
+        best = [some[index] for index in pareto([(x, -y) for x, y, _ in some])]
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y, _ in sorted(best))
+        body.append(f'<polyline stroke="{colour}" points="{path}"/>')
+        body += [_mark(mark, x_of(x), y_of(y), colour, f"{words}: {x:.3g}, {y:.3g}") for x, y, words in some]
+        for x, y, words in sorted(best, reverse=True):
+            placed = _placed(words, x_of(x), y_of(y), taken, width)
+            if placed is not None:
+                taken.append(placed)
+                body.append(text(placed[0], placed[3] - 2, words, "start", "name"))
+        y = bottom - 10 - 15 * number
+        body += [_mark(mark, LEFT + 12, y, colour), text(LEFT + 22, y + 4, name, "start")]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
+    return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
+
+
+_PAIR = (("square", COLOURS[0]), ("circle", COLOURS[2]))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats: that is at least as large in both numbers and larger in one."""
+    kept: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index], reverse=True):
+        last = points[kept[-1]] if kept else None
+        # From the largest first number on down, what is kept has ever larger second ones; twins stay together.
+        if last is None or points[index][1] > last[1] or points[index] == last:
+            kept.append(index)
+    return sorted(kept)
+
+
+def _placed(words: str, x: float, y: float, taken: Sequence[_Box], width: float) -> _Box | None:
+    """Where a name of 9 units fits beside (x, y): right, left, above or below; None where all is taken."""
+    long, tall = 4.9 * len(words), 11.0
+    for left, above in ((x + 6, y - 6), (x - 6 - long, y - 6), (x - long / 2, y - 17), (x - long / 2, y + 6)):
+        box = (left, above, left + long, above + tall)
+        inside = left >= LEFT and box[2] <= width and above >= TOP
+        if inside and not any(_overlap(box, other) for other in taken):
+            return box
+    return None
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def steps_between(low: float, high: float) -> list[float]:
     """1, 2, 3, 5, 7 times powers of ten from `low` to `high`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [unit * 10.0**power for power in powers for unit in (1, 2, 3, 5, 7) if low <= unit * 10.0**power <= high]

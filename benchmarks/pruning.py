@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +22,12 @@ from typing import Any
 
 import numpy as np
 
-import diffpress
 from diffpress import api
-from diffpress.benchmarks import candidates, prompts, scores
+from diffpress.benchmarks import candidates, isolated, prompts, scores
 from diffpress.benchmarks.latency import alternate, paired_ratio
 from diffpress.benchmarks.memory import high_water_bytes
 from diffpress.benchmarks.quantization import bits, deploying, stored_bytes
 from diffpress.benchmarks.recipe_rows import BATCH, Row, file_name, head
-from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, StepProgram
 from diffpress.runtime import backends
 from diffpress.runtime.pipeline import Pipeline
@@ -40,13 +37,18 @@ STEPS, IMAGES, ROUNDS = 20, 100, 15
 DRAWS, TIMED = "openvino", "onnxruntime"  # in FP32: what draws, and what a call is timed in
 CALIBRATION = {"prompts": 16, "steps": 10}
 WORKERS = 2
-DISTILL = {"distill": {"iterations": 1500, "rate": 2e-5}}
+DISTILL = {"distill": {"iterations": 1000, "rate": 2e-5}}
 REFERENCE = "fp32"
 
 
-def structured(ratio: float, **fields: Any) -> dict[str, Any]:
+def structured(ratio: float, method: str = "obs", **fields: Any) -> dict[str, Any]:
     """The pass."""
-    return {"prune-structured": {"ratio": ratio, **fields}}
+    return {"prune-structured": {"ratio": ratio, "method": method, **fields}}
+
+
+def two_four(method: str = "obs", **fields: Any) -> dict[str, Any]:
+    """The pass."""
+    return {"prune-nm": {"method": method, **fields}}
 
 
 def unstructured(ratio: float, **fields: Any) -> dict[str, Any]:
@@ -59,42 +61,56 @@ def table() -> dict[str, Row]:
     rows = {REFERENCE: Row("reference", (), quick=True)}
 
     def add(name: str, group: str, *passes: Any, quick: bool = False) -> None:
+        assert name not in rows
         rows[name] = Row(group, passes, CALIBRATION, quick)
 
     names = {"magnitude": "L1", "wanda": "Wanda", "obs": "OBS-Diff"}
-    for percent in (10, 20, 30, 40, 50):
+    # Those of 20 % come first and pay for measuring what parts are worth, which the others find measured.
+    for percent in (20, 10, 30):
         for method, said in names.items():
             quick = percent == 30 and method != "wanda"
             add(f"{said}, {percent} %", "structured", structured(percent / 100, method=method), quick=quick)
-        if percent > 10:
-            passes = (structured(percent / 100), DISTILL)
-            add(f"OBS-Diff, {percent} %, distilled", "structured", *passes)
+    add("OBS-Diff, 40 %", "structured", structured(0.4))
     for percent in (20, 40):
-        share = percent / 100
-        add(f"uniform, {percent} %", "structured otherwise", structured(share, allocation="uniform"))
-        add(f"even norm groups, {percent} %", "structured otherwise", structured(share, norm_groups="even"))
-        add(f"{percent} % of operations", "structured otherwise", structured(share, budget="flops"))
-        both = {"budget": "balanced", "norm_groups": "even"}
-        add(f"{percent} % of both, even norm groups", "structured otherwise", structured(share, **both))
-        passes = (structured(share, **both), DISTILL)
-        add(f"{percent} % of both, even norm groups, distilled", "structured otherwise", *passes)
+        add(f"OBS-Diff, {percent} %, distilled", "structured", structured(percent / 100), DISTILL)
+    both = structured(0.2, budget="balanced", norm_groups="even")
+    add("20 % of both, even norm groups", "structured otherwise", both)
+    add("20 % of both, even norm groups, distilled", "structured otherwise", both, DISTILL)
+    add("20 % of operations", "structured otherwise", structured(0.2, budget="flops"))
+    add("uniform, 20 %", "structured otherwise", structured(0.2, allocation="uniform"))
     for method, said in (names | {"magnitude": "magnitude"}).items():
-        add(f"{said}, 2:4", "2:4", {"prune-nm": {"method": method}}, quick=method == "obs")
+        add(f"{said}, 2:4", "2:4", two_four(method), quick=method == "obs")
         for percent in (30, 50, 70):
             add(f"{said}, {percent} % of weights", "unstructured", unstructured(percent / 100, method=method))
-    add("OBS-Diff, 2:4, distilled", "2:4", {"prune-nm": {}}, DISTILL)
-    add("OBS-Diff, 70 % of weights, distilled", "unstructured", unstructured(0.7), DISTILL)
+    add("OBS-Diff, 2:4, distilled", "2:4", two_four(), DISTILL)
+    add("OBS-Diff, 2:4, no refinement", "2:4", two_four(refine=0))
     add("OBS-Diff, 70 % of weights by sensitivity", "unstructured", unstructured(0.7, allocation="sensitivity"))
-    add("OBS-Diff, 2:4, no refinement", "2:4", {"prune-nm": {"refine": 0}})
     for weighting in ("uniform", "linear", "log-increase"):
-        add(f"{weighting}, 40 %", "weighting of steps", structured(0.4, weighting=weighting))
-        add(f"{weighting}, 2:4", "weighting of steps", {"prune-nm": {"weighting": weighting}})
+        passes = structured(0.4, allocation="uniform", weighting=weighting)
+        add(f"weighting {weighting}, 40 %", "weighting of steps", passes)
+    add("weighting log-decrease, 40 %", "weighting of steps", structured(0.4, allocation="uniform"))
     quantize, cache = {"quantize": {"format": "int8"}}, {"cache": {"interval": 2, "branch": 0}}
-    for name, pruning in {"structured 40 %": structured(0.4), "2:4": {"prune-nm": {}}}.items():
+    for name, pruning in {"structured 40 %": structured(0.4), "2:4": two_four()}.items():
         add(f"{name}, INT8", "together", pruning, quantize)
         add(f"{name}, INT8, cached", "together", pruning, quantize, cache)
     add("INT8, cached", "together", quantize, cache)
     return rows
+
+
+def sharing(rows: Mapping[str, Row]) -> set[str]:
+    """Names of the rows that find on disk what an earlier row measured or pruned, so their seconds are not all."""
+    seen: set[str] = set()
+    found = set()
+    for name, row in rows.items():
+        first: dict[str, Any] = dict(row.passes[0]) if row.passes else {}
+        cut = first.get("prune-structured", {"allocation": "uniform"})
+        keys = {json.dumps(first)} if "quantize" not in first else set()
+        if cut.get("allocation") != "uniform":  # effects of single cuts, whatever is made of them
+            keys.add(json.dumps([cut.get("method"), cut.get("norm_groups"), cut.get("weighting")]))
+        if keys & seen:
+            found.add(name)
+        seen |= keys
+    return found
 
 
 def prune(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,8 +122,12 @@ def prune(task: Mapping[str, Any]) -> dict[str, Any]:
 
     recipe, folder = Recipe.model_validate(task["recipe"]), Path(task["folder"])
     work = api.begin("shapes", recipe, steps=task["steps"], quiet=True)
-    work.scratch = Path(task["scratch"])  # its own: nothing that another row measured makes it look cheap
+    work.scratch = Path(task["scratch"])
+    if recipe.passes:
+        list(work.record())  # once for all rows, so that the first one does not pay for the others
+    started = time.process_time()  # of one thread, so that it does not matter what else the machine does
     done = run(recipe.built(), work)
+    seconds = time.process_time() - started
     peak = high_water_bytes()
     bits_w, bits_a = bits(work.quantization)
     files = ship.variants(work.pipeline, work.plan(), folder, work.progress)
@@ -122,7 +142,7 @@ def prune(task: Mapping[str, Any]) -> dict[str, Any]:
         "flops": count(files[FULL], 2).operations,
         "bytes": stored_bytes(work),
         "bytes_zipped": sum(len(zlib.compress(tensor)) for tensor in weights) if bits_w == 32 else None,
-        "seconds": sum(result.seconds for result in done),
+        "seconds": seconds,
         "peak_rss_bytes": peak,
         "deploys": deploying(work),
         "passes": [f"{result.name}: {result.summary}" for result in done],
@@ -133,27 +153,12 @@ def prune(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def made(name: str, row: Row, place: Path, steps: int) -> dict[str, Any]:
     """The row's entry without what drawing tells, from an earlier run or from a process of its own."""
-    file = place / f"{file_name(name)}.json"
-    if not file.exists():
-        own = place / file_name(name)
-        task = {"recipe": row.document(name), "steps": steps, "folder": str(own / "unet")}
-        source = Path(diffpress.__file__).parents[1]
-        path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
-        threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
-        command = [sys.executable, "-m", "diffpress.benchmarks.pruning", "--task"]
-        done = subprocess.run(
-            [*command, json.dumps({**task, "scratch": str(own / "unfinished")})],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
-        )
-        if done.returncode:
-            raise DiffpressError(f"row '{name}' ended with {done.returncode}; the same command goes on from it")
-        shutil.rmtree(own / "unfinished", ignore_errors=True)
-        partial_file = file.with_suffix(".partial")
-        partial_file.write_text(done.stdout.splitlines()[-1], "utf-8")
-        partial_file.replace(file)
-    return {"name": name, "group": row.group, **json.loads(file.read_text("utf-8"))}
+    folder, scratch = place / file_name(name) / "unet", place / "unfinished"
+    task = {"recipe": row.document(name), "steps": steps, "folder": str(folder), "scratch": str(scratch)}
+    threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    file, what = place / f"{file_name(name)}.json", f"row '{name}'"
+    found = isolated.kept(file, "diffpress.benchmarks.pruning", task, what, OMP_NUM_THREADS=threads)
+    return {"name": name, "group": row.group, **found}
 
 
 def pipeline(exported: Pipeline, entry: Mapping[str, Any], backend: str) -> Pipeline:
@@ -248,6 +253,8 @@ def main() -> None:
         api.compress("shapes", "fp32", folder, steps=STEPS, quiet=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         entries = list(pool.map(partial(made, place=place, steps=STEPS), rows, rows.values()))
+    shared = sharing(rows)
+    entries = [entry | {"seconds_shared": entry["name"] in shared} for entry in entries]
     exported, judging = Pipeline.load(folder, DRAWS, "fp32"), scores.Judging(chosen)
     reference: candidates.Drawn | None = None
     for index, entry in enumerate(entries):

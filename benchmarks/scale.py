@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffpress
-from diffpress.benchmarks import machine
+from diffpress.benchmarks import isolated, machine
 from diffpress.benchmarks.memory import high_water_bytes
-from diffpress.errors import DiffpressError
 
 PROMPTS, STEPS, INTERVAL, TARGET = 8, 4, 2, "sm89"
 STAGES = ("create", "compress", "parity", "engines")
@@ -231,43 +227,44 @@ def _error(got: Any, wanted: Any) -> float:
 
 def row(folder: Path, name: str, stage: str, options: Mapping[str, Any]) -> Found:
     """The row of a stage, run in a process of its own or as an earlier run left it."""
-    done = folder / f"{stage.replace(' ', '-')}.json"
-    if done.is_file():
-        return dict(json.loads(done.read_text("utf-8")))
-    folder.mkdir(parents=True, exist_ok=True)
-    source = Path(diffpress.__file__).parents[1]
-    path = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
-    task = json.dumps({"folder": str(folder.resolve()), "model": name, "stage": stage, **options})
-    environment = os.environ | {"PYTHONPATH": path, "DIFFPRESS_CACHE": str(folder.resolve() / "cache")}
-    command = [sys.executable, "-m", "diffpress.benchmarks.scale", "--task", task]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    if finished.returncode:
-        raise DiffpressError(
-            f"{name}: stage {stage} ended with {finished.returncode}; the same command goes on from it"
-        )
-    found = {"model": name, "stage": stage, **json.loads(finished.stdout.splitlines()[-1])}
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1), "utf-8")
-    partial.replace(done)
-    return found
+    folder = folder.resolve()
+    found = isolated.kept(
+        folder / f"{stage.replace(' ', '-')}.json",
+        "diffpress.benchmarks.scale",
+        {"folder": str(folder), "model": name, "stage": stage, **options},
+        f"{name}: stage {stage}",
+        DIFFPRESS_CACHE=str(folder / "cache"),
+    )
+    return {"model": name, "stage": stage, **found}
 
 
 def _do(task: Mapping[str, Any]) -> Found:
     started = time.perf_counter()
     found = STAGE[task["stage"]](Path(task["folder"]), task["model"], task)
-    return {"seconds": time.perf_counter() - started, "peak_rss_bytes": high_water_bytes(), **found}
+    told = {"seconds": time.perf_counter() - started, "peak_rss_bytes": high_water_bytes()}
+    return {**told, "machine": machine.machine(), **found}
 
 
 def written(file: Path, rows: Sequence[Found], options: Mapping[str, Any]) -> Found:
-    """The document with `rows` in place of those of the same model and stage, written to `file`."""
-    known: list[Found] = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    """The document with `rows` in place of those of the same model and stage, written to `file`.
+
+    The document's machine is this one. A row that was measured on another has a `machine` of its own: the one that it
+    brings, or that of the document in which it stood.
+    """
+    before: Found = json.loads(file.read_text("utf-8")) if file.is_file() else {"rows": []}
     replaced = {(entry["model"], entry["stage"]) for entry in rows}
-    kept = [entry for entry in known if (entry["model"], entry["stage"]) not in replaced]
+    kept = [entry for entry in before["rows"] if (entry["model"], entry["stage"]) not in replaced]
+    here = machine.machine()
+
+    def placed(entry: Found, default: Found) -> Found:
+        own, rest = entry.get("machine", default), {key: value for key, value in entry.items() if key != "machine"}
+        return rest if own == here else {**rest, "machine": own}
+
     document = {
-        "machine": machine.machine(),
+        "machine": here,
         "versions": machine.versions(),
         **{key: value for key, value in options.items() if value not in (None, 1)},
-        "rows": [*kept, *rows],
+        "rows": [*(placed(entry, before["machine"]) for entry in kept), *(placed(entry, here) for entry in rows)],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n", "utf-8")

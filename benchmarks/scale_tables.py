@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ MODELS = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl"
 FORMATS = ("fp16", "int8", "int4")
 
 
-def _rows() -> dict[tuple[str, str], dict[str, Any]]:
-    document = json.loads((RESULTS / "scale.json").read_text("utf-8"))
+def _document() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / "scale.json").read_text("utf-8"))
+    return document
+
+
+def _rows(document: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["model"], row["stage"]): row for row in document["rows"]}
 
 
 def scale() -> str:
-    """Minutes and peak memory of every stage, a model a line."""
-    rows = _rows()
+    """Minutes and peak memory of every stage, a model a line; below, what another processor measured."""
+    document = _document()
+    rows, elsewhere = _rows(document), list[str]()
     lines = [
         "| | U-Net | compress and export | one call, compared | engines | all | peak memory |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -36,12 +42,27 @@ def scale() -> str:
         prompts = stages["compress"]["prompts"]
         of = f"{prompts} prompt{'s' if prompts > 1 else ''} × {stages['compress']['steps']} steps"
         lines.append(f"| {name}, {of} | " + " | ".join(cells) + " |")
+        elsewhere += _elsewhere(name, stages, document)
+    if elsewhere:
+        lines += ["", f"Measured on {document['machine']['processor']}, but {'; '.join(elsewhere)}."]
     return "\n".join(lines)
+
+
+def _elsewhere(name: str, stages: Mapping[str, Mapping[str, Any]], document: Mapping[str, Any]) -> list[str]:
+    """Which of a model's stages were measured on another processor than the document's, and on which."""
+    found: dict[str, list[str]] = {}
+    for stage, row in stages.items():
+        if "machine" in row and row["machine"]["processor"] != document["machine"]["processor"]:
+            found.setdefault(row["machine"]["processor"], []).append(stage)
+    return [
+        f"{name}{'' if len(those) == len(stages) else ' (' + ', '.join(those) + ')'} on {processor}"
+        for processor, those in found.items()
+    ]
 
 
 def engines() -> str:
     """Bytes of the denoiser's engine by format, a model a line."""
-    rows = _rows()
+    rows = _rows(_document())
     lines = ["| engine of the U-Net | FP16 | INT8 | INT4 weights |", "|---|--:|--:|--:|"]
     for model, name in MODELS.items():
         found = [rows.get((model, f"engine {kind}")) for kind in FORMATS]

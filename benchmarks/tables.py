@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import caching_tables, scale_tables, steps_tables, verdict
+from diffpress.benchmarks import caching_tables, peers_tables, scale_tables, steps_tables, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -298,6 +298,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "demo": demo,
     "faithful": faithful,
+    "peers": peers_tables.peers,
+    "peers_all": peers_tables.peers_all,
+    "peers_claims": peers_tables.claims,
     "presets": presets,
     "quantization": quantization,
     "quantization_all": quantization_all,

@@ -49,28 +49,6 @@ def same_inputs(run: Run, layers: Mapping[str, nn.Module], call: Call) -> dict[s
     return leaders
 
 
-def collect(
-    run: Run,
-    layers: Mapping[str, nn.Module],
-    calls: Iterable[Call],
-    progress: Progress,
-    weight_of: Callable[[Call], float] = lambda call: 1.0,
-    leaders: Mapping[str, str] | None = None,
-    span: int | None = None,
-    rows: int | None = None,
-    seed: int = 0,
-) -> dict[str, Hessian]:
-    """The Hessian of every layer's input over recorded calls, by module path.
-
-    `weight_of` gives a call's alpha: `alphas(...)[row_of(timesteps)(call)]`. Layers with the same of `leaders` share
-    one Hessian (`same_inputs`). Raises `DiffpressError` for a layer that has none, for inputs that are not finite and
-    for layers that no call reaches.
-    """
-    found = _collect(run, layers, progress(calls, "Hessians"), weight_of, leaders, span, rows, seed)
-    _require_seen(found)
-    return found
-
-
 def collect_in_parts(
     run: Run,
     layers: Mapping[str, nn.Module],
@@ -83,11 +61,15 @@ def collect_in_parts(
     rows: int | None = None,
     seed: int = 0,
 ) -> dict[str, Hessian]:
-    """As `collect` over all of `parts`, each of them kept in `folder` once it is whole.
+    """The Hessian of every layer's input over recorded calls, by module path; `parts` are kept in `folder` once whole.
 
     An interrupted run goes on with the parts it lacks; the processes of `accelerate launch` share them out, and each
     gets the merged result, which is the same for as many parts, whoever made them. A part takes the disk space of
     all its Hessians: the caller removes `folder` when they are used, and names it after all that they depend on.
+
+    `weight_of` gives a call's alpha: `alphas(...)[row_of(timesteps)(call)]`. Layers with the same of `leaders` share
+    one Hessian (`same_inputs`). Raises `DiffpressError` for a layer that has none, for inputs that are not finite and
+    for layers that no call reaches.
     """
     paths = [folder / f"{index:04}" for index in range(len(parts))]
 

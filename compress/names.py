@@ -28,3 +28,8 @@ def by_reason(left: Mapping[str, str]) -> list[tuple[str, int, str]]:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         said.append((why, len(names), f"{', '.join(names[:NAMED])}{more}"))
     return said
+
+
+def phrases(left: Mapping[str, str]) -> list[str]:
+    """The same with a phrase for each reason: "a, b and 3 more (no recorded call runs them)"."""
+    return [f"{names} ({why})" for why, _, names in by_reason(left)]

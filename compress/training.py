@@ -1,4 +1,4 @@
-"""Adam for the passes that learn: it goes on where an interrupted run stopped."""
+"""What the passes that learn share: Adam, which goes on where an interrupted run stopped, and what it is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpress.calibration.capture import Call
 from diffpress.compress.work import Work
@@ -31,6 +31,26 @@ class Group:
     decays: bool = False
 
 
+class Runner(nn.Module):
+    """The denoiser on a recorded call, as a module whose parameters can be replaced for the time of a call."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.unet, self._run = work.denoiser, work.run
+
+    def forward(self, call: Call) -> Tensor:
+        return self._run(call)
+
+
+def in_turn(iteration: int, count: int, seed: int) -> int:
+    """Which of `count` items an iteration takes: every one comes once, at random, before one comes again.
+
+    The order is that of the iteration's number alone, so a run can stop and go on.
+    """
+    epoch, place = divmod(iteration, count)
+    return int(torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))[place])
+
+
 def state_folder(name: str, settings: object, work: Work, calls: Iterable[Call] = ()) -> Path:
     """Where pass `name` keeps its state: keyed by what `work.scratch` is not, its settings, the plan so far, data."""
     state = hashlib.sha256(repr(settings).encode())
@@ -46,6 +66,14 @@ def state_folder(name: str, settings: object, work: Work, calls: Iterable[Call] 
 def state_file(name: str, settings: object, work: Work, calls: Iterable[Call] = ()) -> Path:
     """The same for a pass with one state."""
     return state_folder(name, settings, work, calls).with_suffix(".safetensors")
+
+
+def save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors, from any device, to a safetensors file: whole or not there, also when several processes do."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(file)
 
 
 def descend(
@@ -86,11 +114,7 @@ def _save(file: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimi
     for name, parameter in named.items():
         state = optimizer.state.get(parameter, {})  # none before its first gradient
         tensors |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
-    tensors["done"] = torch.tensor(done)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(file)
+    save(tensors | {"done": torch.tensor(done)}, file)
 
 
 def _restore(file: Path, named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:

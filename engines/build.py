@@ -113,6 +113,7 @@ def _build_graph(
         layers, written["layers_reason"] = builder.layers(trt, built.engine, target.name)
         if layers is not None:
             written["layers"] = f"{graph.name}.layers.json"
+            written["sparse"]["kernels"] = builder.sparse_kernels(layers)
             (folder / written["layers"]).write_text(json.dumps(layers, indent=1), "utf-8")
         file.with_suffix(".json").write_text(json.dumps(written, indent=1), "utf-8")
         entries.append(sidecar.entry(written, f"engines/{target.name}/{graph.name}.engine"))

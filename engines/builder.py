@@ -6,7 +6,7 @@ Nothing here reads ONNX by itself, so that a target which has the library and no
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +172,12 @@ def layers(trt: ModuleType, engine: Any, target: str) -> tuple[list[Any] | None,
     except ValueError as error:
         return None, f"the inspector's answer is not JSON: {error}"
     return (found.get("Layers", []) if isinstance(found, dict) else found), None
+
+
+def sparse_kernels(layers: Iterable[Any]) -> int:
+    """How many of the inspector's layers run a kernel for sparse weights: TensorRT says so in the tactic's name."""
+    named = (layer.get("TacticName", "") for layer in layers if isinstance(layer, dict))
+    return sum("sparse" in str(name).lower() for name in named)
 
 
 class TimingCache:

@@ -78,7 +78,10 @@ def _by_driver() -> list[str]:
 
 
 def logger(trt: ModuleType) -> Any:
-    """A TensorRT logger that keeps errors for the message to the user, and `figures` of the last engine's memory."""
+    """A TensorRT logger that keeps what messages to the user need: errors, a line each, and `figures` of memory.
+
+    The figures are those of the engine that was built last.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[name-defined]  # the base class is known when the library is
         def __init__(self) -> None:
@@ -88,7 +91,7 @@ def logger(trt: ModuleType) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
+                self.errors.append(" ".join(message.split()))
             name, _, value = message.partition(": ")
             if name in FIGURES and (size := re.match(r"\d+", value)):
                 self.figures[FIGURES[name]] = int(size.group())

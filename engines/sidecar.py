@@ -25,7 +25,8 @@ def sidecar(
 
     `profiles` are the optimization profiles in the engine's order, `shapes` what they take together. `sha256` are the
     digests of the graph and of its external data. `memory` are bytes: as planned, and as the builder counts them, which
-    is null where it does not say. `layers` is the file of the inspector's answer, or null for `layers_reason`.
+    is null where it does not say. `sparse` counts layers with 2:4 weights and the kernels chosen that skip their zeros,
+    null where no GPU let the inspector look. `layers` is the file of its answer, or null for `layers_reason`.
     """
     return {
         "format": FORMAT,
@@ -43,7 +44,7 @@ def sidecar(
         "library": {"name": library.package(trt), "version": str(trt.__version__)},
         "versions": versions(trt),
         "flags": list(built.flags),
-        "sparse": {"layers": len(graph.sparse), "enabled": "SPARSE_WEIGHTS" in built.flags},
+        "sparse": {"layers": len(graph.sparse), "enabled": "SPARSE_WEIGHTS" in built.flags, "kernels": None},
         "weight_streaming": {"enabled": "WEIGHT_STREAMING" in built.flags, "budget_bytes": need.budget},
         "memory": {
             "weights": need.weights,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import diffpress
 from diffpress.bundle import CONTROLNET, DIALECT, denoiser_bytes
 from diffpress.compress.families import texts
-from diffpress.compress.families.unet import conditions, narrowed
+from diffpress.compress.families.unet import conditions, latent_size, narrowed
 from diffpress.compress.families.unet_graph import UNetGraph, feature_shapes, residual_inputs
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.export import components, dialect, graphs, layers, lint, parity, qdq, store
@@ -97,10 +97,8 @@ def network(pipeline: Any, folder: Path) -> Path:
     """
     file, denoiser = folder / file_of(FULL), pipeline.unet
     if not file.exists():
-        size = denoiser.config.sample_size
-        rows, columns = (size, size) if isinstance(size, int) else size
         inputs = {
-            "sample": torch.zeros(2, denoiser.config.in_channels, rows, columns),
+            "sample": torch.zeros(2, denoiser.config.in_channels, *latent_size(denoiser)),
             "timestep": torch.tensor([1.0, 2.0]),
             **{name: torch.zeros(2, *shape) for name, shape in conditions(denoiser, texts.tokens(pipeline)).items()},
         }

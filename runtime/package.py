@@ -120,7 +120,7 @@ def _library(machine: Machine, backend: str) -> str | None:
 
 
 def _wanted(backend: str) -> list[str]:
-    return [backend] if backend in backends.ENGINES else ["tensorrt", "tensorrt-rtx"]
+    return [backend] if backend in backends.ENGINES else list(backends.ENGINES)
 
 
 def _lock_of(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpress.engines.library import logger
 from diffpress.errors import DiffpressError
 from diffpress.paths import write
 from diffpress.runtime.cuda import ALIGNMENT, Device, Graph
@@ -53,21 +54,6 @@ def version(backend: str) -> str | None:
         return None
 
 
-def make_logger(trt: Any) -> Any:
-    """A logger that keeps errors for the message to the user and drops the rest."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(" ".join(message.split()))
-
-    return Logger()
-
-
 @dataclass
 class _Context:
     """An execution context for one batch size, its own input and output memory, and what was captured of it."""
@@ -92,7 +78,7 @@ class TensorRt:
         self._trt: Any = library(backend)
         self._file, self._backend, self._device = file, backend, device
         device.activate()
-        self._logger = make_logger(self._trt)
+        self._logger = logger(self._trt)
         # Engines that carry host code are refused: the library's default, and nothing in a bundle is executed.
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._read(digest)

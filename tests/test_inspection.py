@@ -90,7 +90,7 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
 
 
 def test_gates_are_shown_with_what_they_came_to(handmade: Bundle) -> None:
-    assert "gate" not in inspection.as_text(inspection.inspect(handmade.path))
+    assert "\ngate " not in inspection.as_text(inspection.inspect(handmade.path))
     passed = {"gate": "ssim >= 0.9", "measured": 0.95, "limit": 0.9, "unit": "", "passed": True}
     failed = {"gate": "speedup >= 3", "measured": 2.4, "limit": 3.0, "unit": "", "passed": False}
     bundle.update(handmade, gates=[passed, failed], failed=True)

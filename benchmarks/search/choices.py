@@ -189,7 +189,8 @@ def _fields(name: str, given: Any) -> dict[str, Choice | Span]:
             raise DiffpressError(f"pass '{name}' has no key '{key}', it has: {', '.join(known)}")
         try:
             field = _open(value)
-            adapter = TypeAdapter(Annotated[(known[key].annotation, "", *known[key].metadata)])
+            wanted: Any = Annotated[(known[key].annotation, "", *known[key].metadata)]
+            adapter: TypeAdapter[Any] = TypeAdapter(wanted)
             for one in (field.low, field.high) if isinstance(field, Span) else field.values:
                 adapter.validate_python(one)
         except ValidationError as error:

@@ -8,7 +8,7 @@ and up layer k consumes skip `len(up) - 1 - k`. A cache at branch b keeps the hi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,12 @@ def conditions(unet: Any, tokens: int = 1) -> dict[str, tuple[int, ...]]:
         pooled = unet.add_embedding.linear_1.in_features - SIZES * unet.config.addition_time_embed_dim
         found |= {"text_embeds": (pooled,), "time_ids": (SIZES,)}
     return found
+
+
+def latent_size(unet: Any) -> tuple[int, int]:
+    """Height and width of the latents that a U-Net is made for."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _pairs(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
@@ -168,6 +174,16 @@ def units(unet: Any) -> dict[str, nn.Module]:
         ordered += [layer.resnet, layer.attention, layer.resample]
     paths = {id(module): name for name, module in unet.named_modules()}
     return {paths[id(module)]: module for module in ordered if module is not None}
+
+
+def in_forward_order(unet: Any, paths: Iterable[str]) -> list[str]:
+    """Module paths in the order of the units in which they lie, and as they were within one; others come last."""
+    order = list(units(unet))
+
+    def place(path: str) -> int:
+        return next((index for index, unit in enumerate(order) if f"{path}.".startswith(f"{unit}.")), len(order))
+
+    return sorted(paths, key=place)
 
 
 def narrowed(unet: Any) -> dict[str, list[int]]:

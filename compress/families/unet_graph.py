@@ -18,9 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from diffpress.calibration.conditions import TEXT, Text, named
-from diffpress.compress.families.unet import branches, conditions, down_layers, time_embedding, units, up_layers
+from diffpress.compress.families.unet import (
+    branches,
+    conditions,
+    down_layers,
+    in_forward_order,
+    time_embedding,
+    up_layers,
+)
 from diffpress.compress.numerics.lookup import RowOf
 from diffpress.errors import DiffpressError
 from diffpress.plan import EARLIER, Corrections
@@ -61,8 +69,7 @@ def modules(unet: Any) -> dict[str, str]:
             found[path] = "transformer"
         elif last in ("attn1", "attn2", "ff") and ".transformer_blocks." in path:
             found[path] = last
-    order = {path: index for index, path in enumerate(units(unet))}
-    return dict(sorted(found.items(), key=lambda item: order[item[0].split(".transformer_blocks.")[0]]))
+    return {path: found[path] for path in in_forward_order(unet, found)}
 
 
 def check_features(unet: Any, names: Iterable[str]) -> None:
@@ -85,10 +92,13 @@ def feature_shapes(
     Raises `DiffpressError` for a feature whose first axis is not the batch: steps would not get their own rows of it.
     """
     names = tuple(names)
-    sample = torch.zeros(batch, unet.config.in_channels, height, width, device=unet.device)
-    told = [torch.zeros(batch, *shape, device=unet.device) for shape in conditions(unet).values()]
+    graph = UNetGraph(unet, writes=names)
+    # Shapes alone, without storage: a call of a large network takes minutes on a processor.
+    nothing = {name: tensor.to("meta") for name, tensor in (*graph.named_parameters(), *graph.named_buffers())}
+    sample = torch.zeros(batch, unet.config.in_channels, height, width, device="meta")
+    told = [torch.zeros(batch, *shape, device="meta") for shape in conditions(unet).values()]
     with torch.no_grad():
-        _, *features = UNetGraph(unet, writes=names)(sample, torch.ones(1, device=unet.device), *told)
+        _, *features = functional_call(graph, nothing, (sample, torch.ones(1, device="meta"), *told))
     shapes = {name: tuple(feature.shape) for name, feature in zip(names, features, strict=True)}
     for name, shape in shapes.items():
         if shape[:1] != (batch,):

@@ -6,14 +6,13 @@ term: Kim et al. 2023, Section 3.2). Weights that pruning made zero stay zero.
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
@@ -22,6 +21,7 @@ from diffpress.calibration.model import state_digest
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.calibration.structure import widths
 from diffpress.compress import training
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.quantize.samples import chosen_calls
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
@@ -51,10 +51,9 @@ class DistillPass:
         """Train, or go on where an interrupted run stopped; says what became of the output's error."""
         unet = work.denoiser
         data = chosen_calls(work.record(), self.calls, work.seed)
-        drawn = random.Random(work.seed)
-        held = set(drawn.sample(range(len(data)), max(1, round(JUDGED * len(data)))))
         if len(data) < 2:
             raise DiffpressError(f"{NAME}: of {len(data)} recorded calls none is left to judge by: calibrate with more")
+        held = set(random.Random(work.seed).sample(range(len(data)), max(1, round(JUDGED * len(data)))))
         file = training.state_file(NAME, (self, state_digest(unet)), work, data)
         with on_fastest_device(unet):
             wanted = answers(work, data)
@@ -63,7 +62,7 @@ class DistillPass:
             masks = {f"{name}.weight": unet.get_submodule(name).weight != 0 for name in work.sparse}
             for value in values.values():
                 value.requires_grad_()
-            runner = _Runner(work)
+            runner = training.Runner(work)
 
             def given() -> dict[str, Tensor]:
                 return {
@@ -71,20 +70,15 @@ class DistillPass:
                 }
 
             def loss(iteration: int) -> Tensor:
-                # Every call comes once before one comes again; the order is that of the number, so a run can stop.
-                epoch, place = divmod(iteration, len(learned))
-                order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(work.seed + epoch))
-                index = learned[int(order[place])]
+                index = learned[training.in_turn(iteration, len(learned), work.seed)]
                 return mse_loss(functional_call(runner, given(), (data[index],)), wanted[index].to(unet.device))
 
             @torch.no_grad()
             def error() -> float:
-                away = total = 0.0
-                for index in held:
-                    target = wanted[index].double()
-                    output = functional_call(runner, given(), (data[index],)).cpu().double()
-                    away, total = away + float((output - target).square().sum()), total + float(target.square().sum())
-                return math.sqrt(away / max(total, 1e-30))
+                return relative_l2(
+                    (functional_call(runner, given(), (data[index],)).cpu().double(), wanted[index].double())
+                    for index in held
+                )
 
             before = error()
             groups = [training.Group(values, self.rate, decays=True)]
@@ -116,14 +110,3 @@ def answers(work: Work, calls: list[Call]) -> list[Tensor]:
         return [work.run(call).cpu() for call in work.progress(calls, "asking the whole network")]
     finally:
         work.pipeline.unet = pruned
-
-
-class _Runner(nn.Module):
-    """The denoiser on a recorded call, as a module whose parameters can be replaced for the time of a call."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        self.unet, self._run = work.denoiser, work.run
-
-    def forward(self, call: Call) -> Tensor:
-        return self._run(call)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffpress.calibration.capture import Call
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 
@@ -26,9 +26,7 @@ class Outputs:
     @torch.no_grad()
     def error(self) -> float:
         """||output - wanted|| / ||wanted|| over all calls, of the denoiser as it is now; NaN where it is not finite."""
-        away = total = 0.0
-        for call, wanted in zip(self.calls, self.wanted, strict=True):
-            target = wanted.double()
-            away += float((self._work.run(call).cpu().double() - target).square().sum())
-            total += float(target.square().sum())
-        return math.sqrt(away / max(total, 1e-30))
+        return relative_l2(
+            (self._work.run(call).cpu().double(), wanted.double())
+            for call, wanted in zip(self.calls, self.wanted, strict=True)
+        )

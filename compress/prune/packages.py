@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffpress.calibration import processes
@@ -24,8 +23,8 @@ from diffpress.calibration.hessian import Hessian, Weighting, alphas, bytes_of
 from diffpress.calibration.hessian_run import collect_in_parts, same_inputs
 from diffpress.calibration.model import state_digest
 from diffpress.calibration.statistics import row_of
+from diffpress.compress import training
 from diffpress.compress.families import unet as family
-from diffpress.compress.training import state_folder
 from diffpress.compress.work import Work
 
 PARTS = 8  # of the recorded calls: what an interrupted run goes on with, and processes share
@@ -93,7 +92,7 @@ def forget(work: Work) -> None:
 
 def digest(work: Work, calls: Sequence[Call]) -> str:
     """Identifies the denoiser's weights as they are now and the calls that are replayed."""
-    return f"{state_digest(work.denoiser)} {state_folder('calls', '', work, calls).name}"
+    return f"{state_digest(work.denoiser)} {training.state_folder('calls', '', work, calls).name}"
 
 
 def ends(unet: Any, paths: Sequence[str] | Mapping[str, object]) -> tuple[str, ...]:
@@ -113,7 +112,7 @@ class State:
 
     def __init__(self, work: Work, name: str, settings: object, calls: Sequence[Call]) -> None:
         key = hashlib.sha256(digest(work, calls).encode()).hexdigest()[:16]
-        self.folder: Path = state_folder(name, (settings, key), work)
+        self.folder: Path = training.state_folder(name, (settings, key), work)
 
     def load(self, index: int) -> dict[str, Tensor] | None:
         """The tensors of a package, or None where it is not solved yet."""
@@ -122,11 +121,7 @@ class State:
 
     def save(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of a package, whole or not at all."""
-        file = self._file(index)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(file)
+        training.save(tensors, self._file(index))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"package-{index:03}.safetensors"

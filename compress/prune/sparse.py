@@ -19,7 +19,7 @@ from diffpress.calibration import hessian
 from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import unet as family
-from diffpress.compress.names import by_reason, require_matches
+from diffpress.compress.names import phrases, require_matches
 from diffpress.compress.prune import packages, structure
 from diffpress.compress.prune.allocate import Choice, allocate
 from diffpress.compress.prune.methods import Method, collected, prune_nm, prune_unstructured
@@ -56,7 +56,12 @@ class PruneUnstructuredPass:
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` behind quantization, and where patterns match or leave nothing."""
-        check(self.name, work)
+        structure.check_order(work, self.name, widths_change=False)
+        if self.allocation == "sensitivity" and self.ratio > MOST:
+            raise DiffpressError(
+                f"{self.name}: a ratio of {self.ratio:g} cannot be spread, no layer may lose more than {MOST:g}: "
+                "lower it, or take allocation: uniform"
+            )
         self.chosen(work)
 
     @property
@@ -108,7 +113,7 @@ class PruneUnstructuredPass:
             steps = [MOST * index / (FINEST - 1) for index in range(FINEST)]
             choices[name] = [Choice(n, step * layer.weight.numel(), grown(step * 100)) for n, step in enumerate(steps)]
         total = sum(layer.weight.numel() for layer in chosen.values())
-        found = allocate(choices, min(self.ratio, MOST) * total)
+        found = allocate(choices, self.ratio * total)
         return {name: choice.saved / chosen[name].weight.numel() for name, choice in found.items()}
 
 
@@ -138,7 +143,7 @@ class PruneNMPass:
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` behind quantization, for patterns that are none, and where no layer fits."""
-        check(self.name, work)
+        structure.check_order(work, self.name, widths_change=False)
         if self.n >= self.m:
             raise DiffpressError(f"{self.name}: {self.n} zeros in every {self.m} leave nothing: n must be below m")
         self.chosen(work)
@@ -226,21 +231,14 @@ def pruned(
     total = sum(layer.weight.numel() for layer in chosen.values())
     notes = [f"{zeros / total:.1%} of the weights of {len(chosen)} layers are zero"]
     notes += [f"error of the output on recorded calls {outputs.error():.2%}"]
-    notes += (
-        [f"left as they are: {'; '.join(f'{said} ({why})' for why, _, said in by_reason(skipped))}"] if skipped else []
-    )
+    notes += [f"left as they are: {'; '.join(phrases(skipped))}"] if skipped else []
     return ", ".join(notes)
 
 
 def layers(name: str, work: Work, exclude: tuple[str, ...] | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The linear and convolutional layers that `exclude` leaves, by path, and why others are left out."""
-    order = {unit: place for place, unit in enumerate(family.units(work.denoiser))}
-
-    def place(path: str) -> int:
-        """Of the unit in which a layer lies, in forward order."""
-        return next((number for unit, number in order.items() if f"{path}.".startswith(f"{unit}.")), len(order))
-
-    known = dict(sorted(family.quantizable(work.denoiser).items(), key=lambda item: place(item[0])))
+    quantizable = family.quantizable(work.denoiser)
+    known = {path: quantizable[path] for path in family.in_forward_order(work.denoiser, quantizable)}
     require_matches(f"{name}: exclude", exclude or (), known)
     spared = packages.ends(work.denoiser, known) if exclude is None else exclude
     left = {path: layer for path, layer in known.items() if not any(fnmatch(path, pattern) for pattern in spared)}
@@ -249,12 +247,3 @@ def layers(name: str, work: Work, exclude: tuple[str, ...] | None) -> tuple[dict
     if not found:
         raise DiffpressError(f"{name}: the exclude patterns leave no layer to prune")
     return found, reasons
-
-
-def check(name: str, work: Work) -> None:
-    """Raise `DiffpressError` behind passes that made zeros, or round or plan on the weights as they are."""
-    structure.check_sparse(work, name)
-    if work.quantization:
-        raise DiffpressError(f"{name}: {len(work.quantization)} layers are quantized already: put {name} before that")
-    if len(work.program.variants) > 1 or work.corrections is not None:
-        raise DiffpressError(f"{name}: the cache was planned on the network as it is: put {name} before it")

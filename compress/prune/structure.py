@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffpress.calibration import parts as cutting
 from diffpress.calibration.parts import CHANNELS, HEADS, NEURONS, NormGroups, Parts
 from diffpress.calibration.structure import rebuild, whole, widths
-from diffpress.compress.families.unet import conditions, units
+from diffpress.compress.families.unet import conditions, in_forward_order
 from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
@@ -33,10 +33,8 @@ __all__ = [
     "NormGroups",
     "Structure",
     "check_order",
-    "check_sparse",
     "cut",
     "flops",
-    "latent_size",
     "rebuild",
     "structures",
     "unsupported",
@@ -85,11 +83,9 @@ def structures(unet: Any, multiple: int = MULTIPLE, norm_groups: NormGroups = "w
     blocked = next((found for found in known.values() if found.blocked), None)
     if blocked is not None:
         raise DiffpressError(f"nothing can be cut at '{blocked.path}': {blocked.blocked}")
-    order = {path: index for index, path in enumerate(units(unet))}
-    ordered = sorted(
-        known.values(), key=lambda found: order.get(found.path.split(".transformer_blocks.")[0], len(order))
-    )
-    return {found.path: _structure(unet, found, multiple) for found in ordered if found.count > 1}
+    return {
+        path: _structure(unet, known[path], multiple) for path in in_forward_order(unet, known) if known[path].count > 1
+    }
 
 
 def unsupported(unet: nn.Module) -> dict[str, str]:
@@ -106,10 +102,17 @@ def cut(unet: Any, kept: Mapping[str, Sequence[int]], norm_groups: NormGroups = 
     cutting.keep(unet, kept, norm_groups)
 
 
-def check_order(work: Work, name: str) -> None:
-    """Raises `DiffpressError` where an earlier pass decided for widths that pass `name` would change."""
-    check_sparse(work, name)
-    if work.temporal is not None:
+def check_order(work: Work, name: str, *, widths_change: bool = True) -> None:
+    """Raises `DiffpressError` where an earlier pass decided for weights, or widths, that pass `name` would change.
+
+    And where one made zeros, which compensation would fill.
+    """
+    if work.sparse:
+        raise DiffpressError(
+            f"{name}: {len(work.sparse)} layers have zeros already, which it would fill: put {name} before that, or "
+            "leave one of them out"
+        )
+    if widths_change and work.temporal is not None:
         raise DiffpressError(f"{name}: a temporal table has the old widths: put {name} before temporal-table")
     if work.quantization:
         raise DiffpressError(f"{name}: {len(work.quantization)} layers are quantized already: put {name} before that")
@@ -150,21 +153,6 @@ def flops(
         if found.kind == HEADS:
             total += _products(found, positions) * found.count
     return {path: _flops(shadow, found, positions) for path, found in known.items()}, total
-
-
-def check_sparse(work: Work, name: str) -> None:
-    """Raises `DiffpressError` behind a pass that made zeros, which compensation would fill."""
-    if work.sparse:
-        raise DiffpressError(
-            f"{name}: {len(work.sparse)} layers have zeros already, which it would fill: put {name} before that, or "
-            "leave one of them out"
-        )
-
-
-def latent_size(unet: Any) -> tuple[int, int]:
-    """Height and width of the latents that a U-Net is made for."""
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _flops(unet: nn.Module, found: Parts, positions: Mapping[str, int]) -> int:

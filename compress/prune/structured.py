@@ -18,10 +18,12 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffpress.calibration.capture import Call
 from diffpress.calibration.hessian import Hessian, Weighting
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.families import texts
-from diffpress.compress.names import by_reason, require_matches
+from diffpress.compress.families import unet as family
+from diffpress.compress.names import phrases, require_matches
 from diffpress.compress.prune import packages, speed, structure
 from diffpress.compress.prune.allocate import Choice, TooMuch, allocate, uniform
 from diffpress.compress.prune.methods import Method, collected, prune_structure
@@ -93,7 +95,7 @@ class PruneStructuredPass:
         before = sum(parameter.numel() for parameter in unet.parameters())
         with on_fastest_device(unet):
             outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))
-            counts = self._counts(work, chosen, outputs)
+            counts = self._counts(work, chosen, outputs, calls)
             state = packages.State(work, NAME, (self, sorted(counts.items())), calls)
             for index, group in enumerate(self._groups(work, chosen, counts, self.packages)):
                 done = state.load(index)
@@ -124,8 +126,7 @@ class PruneStructuredPass:
 
     def _skipped(self, unet: Any) -> str:
         """What could not be cut, in words."""
-        found = structure.unsupported(unet)
-        return "".join(f"; left whole: {said} ({why})" for why, _, said in by_reason(found))
+        return "".join(f"; left whole: {phrase}" for phrase in phrases(structure.unsupported(unet)))
 
     def _solved(
         self, work: Work, one: Structure, seen: Mapping[str, Hessian | None], count: int
@@ -142,48 +143,43 @@ class PruneStructuredPass:
         readers = {path: work.denoiser.get_submodule(chosen[path].reader) for path in chosen if path in set(paths)}
         return packages.split(readers, count, self.memory_gb)
 
-    def _counts(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, int]:
-        """How many parts leave each structure, of those that lose some."""
-        if self.budget == "latency":
-
-            def spread(share: float) -> dict[str, int]:
-                return self._spread(work, chosen, outputs, "parameters", share)
-
-            found = speed.counts(work, self.ratio, spread, self.norm_groups)
-        else:
-            found = self._spread(work, chosen, outputs, self.budget, self.ratio)
-        return {path: count for path, count in found.items() if count}
-
-    def _spread(
-        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, budget: str, share: float
+    def _counts(
+        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, calls: Sequence[Call]
     ) -> dict[str, int]:
-        """The same for a share of the denoiser's parameters or operations."""
+        """How many parts leave each structure, of those that lose some."""
+        budget = "parameters" if self.budget == "latency" else self.budget
         each, total = _costs(work, chosen, budget, self.norm_groups)
-        errors = self._errors(work, chosen, outputs) if self.allocation == "sensitivity" else None
+        errors = self._errors(work, chosen, outputs, calls) if self.allocation == "sensitivity" else None
         choices = {}
         for path, one in chosen.items():
             removed = [one.count - left for left in reversed(one.counts)]
             grown = packages.growth(errors[path]) if errors else (lambda count: 0.0)
             choices[path] = [Choice(count, each[path] * count, grown(count)) for count in removed]
-        spread = allocate if errors else uniform
-        try:
-            picked = spread(choices, share * total)
-        except TooMuch as error:
-            most = sum(options[-1].saved for options in choices.values()) / total
-            raise TooMuch(
-                f"{NAME}: ratio {share:g} of the denoiser's {budget} is more than the {most:.2f} that all it may cut "
-                "have: lower it, or relax exclude, kinds or multiple"
-            ) from error
-        return {path: choice.removed for path, choice in picked.items()}
 
-    def _errors(self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs) -> dict[str, dict[int, float]]:
+        def spread(share: float) -> dict[str, int]:
+            """The same for a share of the denoiser's parameters or operations."""
+            try:
+                picked = (allocate if errors else uniform)(choices, share * total)
+            except TooMuch as error:
+                most = sum(options[-1].saved for options in choices.values()) / total
+                raise TooMuch(
+                    f"{NAME}: ratio {share:g} of the denoiser's {budget} is more than the {most:.2f} that all it may "
+                    "cut have: lower it, or relax exclude, kinds or multiple"
+                ) from error
+            return {path: choice.removed for path, choice in picked.items()}
+
+        latency = self.budget == "latency"
+        found = speed.counts(work, self.ratio, spread, self.norm_groups) if latency else spread(self.ratio)
+        return {path: count for path, count in found.items() if count}
+
+    def _errors(
+        self, work: Work, chosen: Mapping[str, Structure], outputs: Outputs, calls: Sequence[Call]
+    ) -> dict[str, dict[int, float]]:
         """The output's relative error when a structure alone loses so many parts, measured at `LEVELS` of them."""
-        calls = list(work.record())
         known = Numbers(work.scratch / f"{NAME}-sensitivity")
         context = json.dumps(
             [self.method, self.weighting, self.damping, self.norm_groups, packages.digest(work, calls)]
         )
-        found: dict[str, dict[int, float]] = {path: {} for path in chosen}
 
         def key(path: str, count: int) -> str:
             return packages.short(f"{context} {path} {count}")
@@ -206,10 +202,7 @@ class PruneStructuredPass:
                     reader.weight.data = whole
             del seen
             packages.forget(work)
-        for path, counts in wanted.items():
-            for count in counts:
-                found[path][count] = known[key(path, count)]
-        return found
+        return {path: {count: known[key(path, count)] for count in counts} for path, counts in wanted.items()}
 
     def _told(self, chosen: Mapping[str, Structure], counts: Mapping[str, int]) -> str:
         parts = []
@@ -236,6 +229,5 @@ def _costs(
     if budget == "balanced":
         pairs = [_costs(work, chosen, one, norm_groups) for one in ("parameters", "flops")]
         return {path: sum(each[path] / total for each, total in pairs) / len(pairs) for path in chosen}, 1.0
-    size = structure.latent_size(unet)
-    each, total = structure.flops(unet, *size, texts.tokens(work.pipeline), norm_groups)
+    each, total = structure.flops(unet, *family.latent_size(unet), texts.tokens(work.pipeline), norm_groups)
     return {path: float(each[path]) for path in chosen}, float(total)

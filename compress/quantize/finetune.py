@@ -11,7 +11,6 @@ by the full-precision model, too, and that is the target.
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
@@ -30,6 +29,7 @@ from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress import training
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import Clock, rounded_weight
 from diffpress.compress.quantize.samples import chosen_calls
@@ -108,10 +108,8 @@ class FinetunePass:
         file = training.state_file("finetune", self, work, data)
 
         def loss(iteration: int) -> Tensor:
-            # Every call comes once before one comes again; the order is that of the number, so a run can stop.
-            epoch, place = divmod(iteration, len(data))
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(work.seed + epoch))
-            return objective(student, selection, data[int(order[place])], 1 if self.layers == "time" else 2)
+            call = data[training.in_turn(iteration, len(data), work.seed)]
+            return objective(student, selection, call, 1 if self.layers == "time" else 2)
 
         with on_fastest_device(unet):
             student = Student(work, selection)
@@ -207,7 +205,7 @@ class Student:
     def __init__(self, work: Work, selection: Selection) -> None:
         self.work, self.selection = work, selection
         self.clock = Clock.of(work.sampling.timesteps)
-        self._runner = _Runner(work)
+        self._runner = training.Runner(work)
         present = dict(work.denoiser.named_parameters())  # tables may stand in the place of others
         self._originals = {path: value.to(present[path]) for path, value in work.originals.items() if path in present}
         self.values: dict[str, Tensor] = {}  # parameters by path: what learns, and frozen weights as they are rounded
@@ -312,11 +310,7 @@ class Student:
     @torch.no_grad()
     def error(self, calls: Sequence[Call]) -> float:
         """||output - target|| / ||target|| over `calls`."""
-        away = total = 0.0
-        for call in calls:
-            target, output = self.full_precision(call)[1].double(), self(call)[1].double()
-            away, total = away + float((output - target).square().sum()), total + float(target.square().sum())
-        return math.sqrt(away / max(total, 1e-30))
+        return relative_l2((self(call)[1].double(), self.full_precision(call)[1].double()) for call in calls)
 
     def install(self, calls: Sequence[Call]) -> None:
         """Put what was learned on `calls` into the model, weights exactly on their grid, and into the plan."""
@@ -335,14 +329,3 @@ class Student:
             rows.append(self.clock.row)
         for name in self.selection.scaled:
             quantization[name] = dataclasses.replace(quantization[name], input_scale=self.inputs[name].learned(rows))
-
-
-class _Runner(nn.Module):
-    """The denoiser on a recorded call, as a module whose parameters can be replaced for the time of a call."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        self.unet, self._run = work.denoiser, work.run
-
-    def forward(self, call: Call) -> Tensor:
-        return self._run(call)

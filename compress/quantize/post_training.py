@@ -25,7 +25,7 @@ from diffpress.calibration.statistics import (
     unreached,
 )  # fmt: skip
 from diffpress.compress.families import unet as family
-from diffpress.compress.names import by_reason, require_matches
+from diffpress.compress.names import phrases, require_matches
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.ranges import (
     block_of,
@@ -123,7 +123,9 @@ class QuantizePass:
         left: dict[str, str] = {}
         decided = quantize_layers(work, self, layers, multipliers, left)
         if not decided:
-            raise DiffpressError(f"quantize: no layer can be quantized, all are left in float: {_told(left)}")
+            raise DiffpressError(
+                f"quantize: no layer can be quantized, all are left in float: {'; '.join(phrases(left))}"
+            )
         work.quantization.update(decided)
         layers = {name: module for name, module in layers.items() if name in decided}
         total = sum(parameter.numel() for parameter in work.denoiser.parameters())
@@ -133,7 +135,7 @@ class QuantizePass:
         notes += [f"{len(multipliers)} inputs scaled"] if self.scaling != "none" or self.split else []
         notes += [f"scales: {self.scales}"] if self.scales != 1 else []
         left |= dict.fromkeys(family.unhandled(work.denoiser), "no quantization for this kind of layer")
-        notes += [f"left in float: {_told(left)}"] if left else []
+        notes += [f"left in float: {'; '.join(phrases(left))}"] if left else []
         return ", ".join(notes)
 
     def formats_of(self, name: str) -> tuple[str, str | None]:
@@ -264,11 +266,6 @@ def _useless(seen: Mapping[str, list[AbsHistogram]]) -> dict[str, str]:
         if whole.constant:
             why[name] = f"their input is {whole.highest:g} always"
     return why
-
-
-def _told(left: Mapping[str, str]) -> str:
-    """The layers that were left, by reason."""
-    return "; ".join(f"{names} ({why})" for why, _, names in by_reason(left))
 
 
 def _quantize_layer(

@@ -10,8 +10,6 @@ TFMQ-DM, Section 4.1).
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,19 +21,20 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffpress.calibration.capture import Call
 from diffpress.calibration.processes import on_fastest_device
+from diffpress.compress import training
 from diffpress.compress.families import unet as family
 from diffpress.compress.names import require_matches
 from diffpress.compress.numerics import adaround
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.numerics.formats import get
 from diffpress.compress.numerics.simulate import replaced, rounded_weight, simulated
 from diffpress.compress.quantize.samples import Samples, capture, chosen_calls, hidden_state
-from diffpress.compress.training import state_folder
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import LayerQuant
@@ -84,7 +83,7 @@ class ReconstructPass:
         """Learn every unit, or read what an interrupted run has learned; says by how much the units' error fell."""
         units = self.learned(work)
         calls = chosen_calls(work.record(), self.calls, work.seed)
-        folder = state_folder("reconstruct", self, work, calls)
+        folder = training.state_folder("reconstruct", self, work, calls)
         state = State(work, {name for inside in units.values() for name in inside})
         done = {unit: load(file) for unit in units if (file := folder / f"{unit}.safetensors").is_file()}
         for result in done.values():
@@ -321,22 +320,16 @@ def _loss(got: Tensor, wanted: Tensor, power: float) -> Tensor:
 @torch.no_grad()
 def _error(simulation: _Simulation, data: Samples, batch: int) -> float:
     """||y - y'|| / ||y|| over all samples."""
-    total = 0.0
-    for start in range(0, len(data.targets), batch):
-        part = data.at(slice(start, start + batch))
-        total += float((simulation(part) - part.targets).double().square().sum())
-    return math.sqrt(total / max(float(data.targets.double().square().sum()), 1e-30))
+    parts = (data.at(slice(start, start + batch)) for start in range(0, len(data.targets), batch))
+    return relative_l2((simulation(part), part.targets) for part in parts)
 
 
 def save(learned: Learned, file: Path) -> None:
     """Write a unit's result; the file is whole or it is not there."""
-    tensors = {f"weight/{name}": weight.cpu().contiguous() for name, weight in learned.weights.items()}
+    tensors = {f"weight/{name}": weight for name, weight in learned.weights.items()}
     tensors |= {f"input_scale/{name}": torch.from_numpy(scale) for name, scale in learned.input_scales.items()}
     tensors["errors"] = torch.tensor([learned.before, learned.after], dtype=torch.float64)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file(tensors, partial)
-    partial.rename(file)
+    training.save(tensors, file)
 
 
 def load(file: Path) -> Learned:

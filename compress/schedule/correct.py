@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -24,13 +23,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffpress.calibration.capture import Call
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.calibration.schedule import tabulate
 from diffpress.calibration.tabulated import playing
+from diffpress.compress import training
 from diffpress.compress.cache.execute import CachedDenoiser, execution
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.schedule.epsilon import check_scheduler, scaled
@@ -44,7 +44,9 @@ NAME = "correct"
 Candidate = tuple[str, Sampling, Tensor]  # a correction: what it is, the schedule, all prompts' final latents
 Scaling = Literal["none", "constant", "linear"]
 STEP = 2e-3  # of the finite differences by the divisors' parameters
-TINY = 1e-9  # errors below it are none
+TINY = 1e-9  # lengths below it are none
+ROUNDING = 1e-5  # relative errors below it are those of sums, not of compression
+LEAST = 1e-3  # of an error that has to go: less is not worth a table
 FARTHEST = 0.5  # that a divisor may be from 1: DDIM in ten steps asks for 0.7 at its first call, 1.4 at its last
 ROUNDS = 2  # of Gauss-Newton: the first leaves what is not linear
 
@@ -141,9 +143,9 @@ def _gains(before: Tensor, after: Tensor) -> bool:
 
     A picture that tips over to another one has a hundred times the error of the rest, which no correction explains.
     """
-    gain = before.clamp_min(TINY).log() - after.clamp_min(TINY).log()
+    gain = before.clamp_min(ROUNDING).log() - after.clamp_min(ROUNDING).log()
     spread = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return float(gain.mean()) > spread
+    return float(gain.mean()) > max(spread, LEAST)
 
 
 def typical(errors: Tensor) -> float:
@@ -250,10 +252,7 @@ class _Bench:
         if not file.is_file():
             walks = start(sampling, self.calls[:count], self.work.seed, self.work.denoiser.device)
             latents = finish(walks, denoiser, self.work.progress, text)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            save_file({"latents": latents.contiguous()}, partial)
-            partial.replace(file)
+            training.save({"latents": latents}, file)
         return load_file(file)["latents"]
 
 

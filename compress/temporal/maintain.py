@@ -24,6 +24,7 @@ from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress import training
 from diffpress.compress.families import unet as family
 from diffpress.compress.numerics import adaround
+from diffpress.compress.numerics.errors import relative_l2
 from diffpress.compress.numerics.formats import fake_quant, get
 from diffpress.compress.numerics.ranges import weight_scale
 from diffpress.compress.numerics.simulate import rounded_weight
@@ -226,8 +227,7 @@ def nearer_tables(
 
 def relative_error(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
     """||got - exact|| / ||exact|| over all features and steps."""
-    away = sum(float((got[name] - rows).double().square().sum()) for name, rows in exact.items())
-    return math.sqrt(away / max(sum(float(rows.double().square().sum()) for rows in exact.values()), 1e-30))
+    return relative_l2((got[name], rows) for name, rows in exact.items())
 
 
 def _module_bytes(module: nn.Linear, layer: LayerQuant) -> float:

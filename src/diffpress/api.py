@@ -158,9 +158,8 @@ def begin(
         own = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
         guidance = SHAPES_GUIDANCE if models.is_shapes(model) else float(own)
     factor = components.downscale(pipeline.vae)
-    size = pipeline.unet.config.sample_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    sampling = tabulate(pipeline.scheduler, steps or recipe.steps, guidance, rows * factor, columns * factor)
+    height, width = (side * factor for side in family.latent_size(pipeline.unet))
+    sampling = tabulate(pipeline.scheduler, steps or recipe.steps, guidance, height, width)
     sampling = with_starts(sampling, pipeline.scheduler)
     fingerprint, options = models.digest(model) + digest(recipe.lora), recipe.calibration
     texts = (prompts or _default_prompts(model, options.prompts))[: options.prompts]

@@ -60,7 +60,9 @@ Not needed to run it: run unpacks a package beside itself, once.""",
         """  diffpress bench sd15/ --against ./stable-diffusion-v1-5 --images 50
 writes sd15/report/report.html: speed and quality side by side with diffusers and with the uncompressed export.
 With --gate "attribute_accuracy >= -1pt" it exits with code 3 where that does not hold: pt are percentage points and
-% percent, against the model; a plain number is the figure itself.""",
+% percent, against the model; a plain number is the figure itself.
+Interrupted, it goes on with the images it lacks. Metrics whose weights are not given are left out, never downloaded.
+Under 'accelerate launch' all processes draw.""",
     ),
     "compare": (
         "show bundles that were measured side by side",
@@ -171,8 +173,12 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = made["bench"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
     add("--against", required=True, metavar="MODEL", help="the model it was made from")
-    _add_gates(add, "for the quality figures (default: %(default)s)")
+    _add_gates(add, "for the quality figures (default: 200, or all of --prompts)", None)
     add("--prompts", type=Path, metavar="FILE", help="prompts to judge with, one a line (default: built in)")
+    add("--clip-model", type=Path, metavar="DIR", help="a CLIP for the CLIP score (or DIFFPRESS_CLIP_MODEL)")
+    add("--lpips-weights", type=Path, metavar="FILE", help="for LPIPS: AlexNet or VGG16 (or DIFFPRESS_LPIPS_WEIGHTS)")
+    add("--inception", type=Path, metavar="FILE", help="for the Fréchet distance (or DIFFPRESS_INCEPTION)")
+    add("--save-images", type=Path, metavar="DIR", help="keep all images and prompts here")
     add("--json", type=Path, metavar="FILE", help="write the figures here as well")
 
     add = made["compare"].add_argument
@@ -206,9 +212,9 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     return top
 
 
-def _add_gates(add: Callable[..., object], images: str) -> None:
+def _add_gates(add: Callable[..., object], images: str, default: int | None = 200) -> None:
     """The options of what measures a bundle; `images` says what their number is for."""
-    add("--images", type=_whole(1), default=200, metavar="N", help=images)
+    add("--images", type=_whole(1), default=default, metavar="N", help=images)
     add(
         "--gate",
         type=_gate,

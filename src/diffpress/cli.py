@@ -33,7 +33,7 @@ EXTRAS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "modelopt": "modelopt",
-    "torchmetrics": "metrics",
+    **dict.fromkeys(("torchmetrics", "torch_fidelity"), "metrics"),
     "optuna": "search",
     "ray": "ray",
 }
@@ -299,21 +299,36 @@ def _bench(options: argparse.Namespace) -> None:
     if options.json:
         _check_file(options.json)
     bundle.load(options.bundle)
+    if options.save_images:
+        _check_writable(options.save_images)
+    from diffpress.benchmarks.networks import Networks
+
     _hide_bars(options)
-    more = {"json_file": options.json, "prompts_file": options.prompts, "gates": options.gate}
-    _measure(options.bundle, options.against, options.images, options.quiet, **more)
+    _measure(
+        options.bundle,
+        options.against,
+        options.images,
+        options.quiet,
+        json_file=options.json,
+        prompts_file=options.prompts,
+        gates=options.gate,
+        networks=Networks.load(options.clip_model, options.lpips_weights, options.inception),
+        save_images=options.save_images,
+    )
 
 
-def _measure(place: str | Path, against: str, images: int, quiet: bool, **more: Any) -> None:
+def _measure(place: str | Path, against: str, images: int | None, quiet: bool, **more: Any) -> None:
     """Bench a bundle and show what came out; raises `GateError` where a gate failed."""
     from diffpress.benchmarks import gates as judged
     from diffpress.benchmarks import verdict
     from diffpress.benchmarks.bench import bench
+    from diffpress.calibration import processes
 
     report = bench(place, against=against, images=images, quiet=quiet, **more)
-    if not quiet:
+    if not quiet and processes.is_main():
         found = verdict.verdict(report)
         print(found.headline, found.quality, found.rival_text, "", verdict.table(report), "", sep="\n")
+        print(*verdict.notes(report), "", sep="\n")
         for line in judged.lines(report):
             print(line)
         print(f"report: {Path(place) / 'report' / 'report.html'}", flush=True)

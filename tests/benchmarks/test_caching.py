@@ -21,6 +21,7 @@ from diffpress.benchmarks import (
     scores,
 )
 from diffpress.benchmarks.candidates import Drawn, Reference, draw
+from diffpress.benchmarks.networks import Networks
 from diffpress.benchmarks.recipe_rows import Row
 from diffpress.calibration import model as models
 from diffpress.compress.recipe import PASSES
@@ -226,7 +227,11 @@ def test_a_hook_that_runs_changes_the_images_and_forgets_the_last_ones(tiny: Any
 def as_shapes(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny pipeline stands where `shapes` is opened; nothing judges what it draws."""
     monkeypatch.setattr(models, "folder_of", lambda model: tiny_pipeline)
-    monkeypatch.setattr(scores.Judging, "__init__", lambda self, chosen: setattr(self, "_judge", None))
+    monkeypatch.setattr(
+        scores.Judging,
+        "__init__",
+        lambda self, chosen: vars(self).update(_judge=None, networks=Networks(), prompts=chosen, _real=None),
+    )
 
 
 @pytest.fixture

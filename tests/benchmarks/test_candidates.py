@@ -46,6 +46,30 @@ def test_reference_times_its_stages_and_steps(reference: Reference) -> None:
     assert not reference.pipeline.unet._forward_pre_hooks
 
 
+def test_another_schedule_leaves_the_reference_as_it_was(reference: Reference) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+
+    from diffpress.benchmarks.shapes.models import SCHEDULER
+    from diffpress.calibration.schedule import tabulate
+
+    before = reference(["a red star"], [0], keep_latents=True)
+    scheduler = UniPCMultistepScheduler.from_config(dict(SCHEDULER), use_karras_sigmas=True)
+    other = reference.on(tabulate(scheduler, 5, 3.0, 32, 32))
+    drawn = other(["a red star"], [0], keep_latents=True)
+    again = reference(["a red star"], [0], keep_latents=True)
+    assert np.array_equal(before.latents[-1], again.latents[-1])
+    assert other.pipeline.unet is reference.pipeline.unet and len(drawn.latents) == 5
+    expected = StableDiffusionPipeline(**reference.pipeline.components | {"scheduler": scheduler})(
+        "a red star",
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(0)],
+        output_type="latent",
+    ).images
+    assert np.allclose(drawn.latents[-1], expected.numpy(), atol=1e-4)
+
+
 def test_drawing_in_batches_keeps_order_and_trajectories(fake_candidate: Callable[..., Any]) -> None:
     candidate, told = fake_candidate(), []
     drawn = draw(candidate, ["x"] * 7, range(7), batch=3, keep=4, on_batch=told.append)

@@ -71,5 +71,27 @@ def test_the_rival_is_the_nearest_to_the_reference(fake_candidate: Callable[...,
         return opened[schedule]
 
     names: Any = {name: name for name in errors}
-    name, candidate = plain.best_schedule(names, open_plain, fake_candidate(error=0.0), ["x"] * 20, batch=8)
+    heard: dict[str, int] = {}
+    reference = fake_candidate(error=0.0)
+    name, candidate = plain.best_schedule(
+        names, open_plain, reference, ["x"] * 20, 8, True, lambda name, drawn: heard.update({name: len(drawn.pixels)})
+    )
+    assert heard == dict.fromkeys("abc", plain.JUDGED)
     assert name == "b" and list(opened) == ["a", "b", "c"] and candidate is opened["b"]
+
+
+def test_the_rival_at_every_step_count_that_was_timed(fake_candidate: Callable[..., Any]) -> None:
+    """All schedules at the count that fits, the best of them at the others."""
+    scheduler, own = {"class": "DDIMScheduler", "config": SCHEDULER}, Sampling("x", 50, 3.0, 64, 64, (), (), 1.0, ())
+
+    def open_plain(schedule: Sampling) -> Any:
+        first = schedule.timesteps[1]  # tells the schedules apart; the lowest is the nearest
+        return fake_candidate(error=first, steps=schedule.steps)
+
+    trials = [plain.Trial(6, 9.0, 0.9), plain.Trial(7, 11.0, 1.1), plain.Trial(8, 12.0, 1.2)]
+    found = plain.rival(trials, scheduler, own, open_plain, fake_candidate(), ["x"] * 3, batch=2)
+    assert found is not None and found.steps == 6
+    assert [name for name, steps in found.drawn if steps == 6] == list(plain.RIVALS)
+    assert [key for key in found.drawn if key[1] != 6] == [(found.schedule, 7), (found.schedule, 8)]
+    assert {len(drawn.pixels) for drawn in found.drawn.values()} == {3}
+    assert plain.rival(trials[1:], scheduler, own, open_plain, fake_candidate(), ["x"], batch=2) is None

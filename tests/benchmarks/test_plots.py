@@ -46,13 +46,6 @@ def test_a_column_for_each_step() -> None:
     assert plots.step_columns([], "", {}, "steps") == ""
 
 
-def test_bars_are_split_by_stage() -> None:
-    rows = [("a <b>", {"text": 1.0, "denoise": 8.0, "decode": 1.0}, "10 ms"), ("c", {"text": 5.0}, "5 ms")]
-    boxes = list(ElementTree.fromstring(plots.stage_bars(rows, "stages")).iter("rect"))
-    widths = [float(box.get("width", 0)) for box in boxes]
-    assert widths[1] == pytest.approx(8 * widths[0], abs=0.2) and widths[3] == pytest.approx(5 * widths[0], abs=0.5)
-
-
 def test_no_two_series_of_a_scatter_look_alike() -> None:
     dots = {f"method {number}": [(1.0 + number, 0.1)] for number in range(25)}
     svg = plots.scatter(dots, ("line", [(1.0, 0.01), (10.0, 0.2)]), "speed", "error")

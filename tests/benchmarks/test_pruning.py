@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffpress.benchmarks import pruning, pruning_tables
+from diffpress.benchmarks import isolated, pruning, pruning_tables
 from diffpress.errors import DiffpressError
 
 
@@ -19,8 +19,15 @@ def test_rows_are_recipes_and_every_method_has_its_rivals() -> None:
     for kind in ("10 %", "20 %", "30 %", "2:4", "30 % of weights", "50 % of weights", "70 % of weights"):
         rivals = {name.split(",")[0] for name in rows if name.endswith(f", {kind}")}
         assert {"OBS-Diff", "Wanda"} <= rivals and rivals & {"L1", "magnitude"}, kind
-    assert {"OBS-Diff, 20 %, distilled", "uniform, 40 %", "structured 40 %, INT8, cached"} <= set(rows)
+    assert {"OBS-Diff, 20 %, distilled", "uniform, 20 %", "structured 40 %, INT8, cached"} <= set(rows)
     assert 3 < sum(row.quick for row in rows.values()) < 8
+
+
+def test_rows_that_find_measurements_say_so() -> None:
+    shared = pruning.sharing(pruning.table())
+    assert {"OBS-Diff, 10 %", "L1, 30 %", "OBS-Diff, 20 %, distilled", "OBS-Diff, 2:4, distilled"} <= shared
+    whole = {"fp32", "L1, 20 %", "Wanda, 20 %", "OBS-Diff, 20 %", "OBS-Diff, 2:4", "uniform, 20 %", "INT8, cached"}
+    assert not whole & shared
 
 
 def test_a_row_that_is_there_is_not_made_again_and_one_that_fails_is_not_there(
@@ -32,7 +39,7 @@ def test_a_row_that_is_there_is_not_made_again_and_one_that_fails_is_not_there(
         asked.append(json.loads(command[-1]))
         return SimpleNamespace(returncode=int(len(asked) == 1), stdout='a line\n{"params": 5}\n')
 
-    monkeypatch.setattr(pruning, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    monkeypatch.setattr(isolated, "subprocess", SimpleNamespace(run=run, PIPE=None))
     row = pruning.table()["OBS-Diff, 2:4"]
     with pytest.raises(DiffpressError, match="row 'OBS-Diff, 2:4' ended with 1"):
         pruning.made("OBS-Diff, 2:4", row, tmp_path, 20)
@@ -53,7 +60,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
             | {"flops": 1000 - place, "bytes": 400e6, "bytes_zipped": 300e6, "call_speedup": 1.2}
             | {"speedup_vs_uncompressed": 1.1, "latent_rel_l2": error, "latent_rel_l2_median": error}
             | {"psnr_db": None if not error else 40.0, "clip_score": 86.0, "frechet": 2.0, "attribute_accuracy": 0.99}
-            | {"seconds": 12.3, "peak_rss_bytes": 7e8}
+            | {"seconds": 12.3, "seconds_shared": False, "peak_rss_bytes": 7e8}
         )
     sampling = {"steps": 20, "scheduler": "DDIM"}
     document = {"rows": rows, "images": 10, "sampling": sampling, "machine": {"processor": "a processor"}}

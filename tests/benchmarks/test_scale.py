@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffpress.benchmarks import scale, scale_models
+from diffpress.benchmarks import isolated, scale, scale_models
 from diffpress.calibration.model import load_pipeline
 from diffpress.errors import DiffpressError
 from diffpress.runtime.tokenizer import Tokenizer
@@ -84,7 +84,8 @@ def test_stages_are_run_once_and_rows_replaced(tmp_path: Path, monkeypatch: pyte
     first = scale.row(work, "sd15", "create", options)
     assert first["model"] == "sd15" and first["stage"] == "create"
     assert first["seconds"] > 0 and first["peak_rss_bytes"] > 1 << 27
-    monkeypatch.setattr(scale, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
+    assert first["machine"] == scale.machine.machine()
+    monkeypatch.setattr(isolated, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("run again")))
     assert scale.row(work, "sd15", "create", options) == first
     file = tmp_path / "scale.json"
     scale.written(file, [first, {"model": "sdxl", "stage": "create", "seconds": 1.0}], options)
@@ -92,6 +93,26 @@ def test_stages_are_run_once_and_rows_replaced(tmp_path: Path, monkeypatch: pyte
     assert json.loads(file.read_text()) == document
     assert {(row["model"], row["seconds"]) for row in document["rows"]} == {("sd15", 2.0), ("sdxl", 1.0)}
     assert document["divide"] == 10 and document["machine"]["cores"]
+
+
+def test_rows_of_another_machine_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, first, second = tmp_path / "scale.json", {"processor": "first", "cores": 2}, {"processor": "second"}
+
+    def written_on(machine: dict[str, Any], stage: str, seconds: float) -> dict[str, dict[str, Any] | None]:
+        """By stage, the machine that a row has for itself."""
+        monkeypatch.setattr(scale.machine, "machine", lambda: dict(machine))
+        document = scale.written(file, [{"model": "sd15", "stage": stage, "seconds": seconds}], {})
+        assert document["machine"] == machine and json.loads(file.read_text()) == document
+        return {row["stage"]: row.get("machine") for row in document["rows"]}
+
+    assert written_on(first, "create", 1.0) == {"create": None}
+    assert written_on(first, "compress", 2.0) == {"create": None, "compress": None}
+    assert written_on(second, "parity", 3.0) == {"create": first, "compress": first, "parity": None}
+    assert written_on(second, "create", 4.0) == {"compress": first, "parity": None, "create": None}
+    assert written_on(first, "engines", 5.0) == {"compress": None, "parity": second, "create": second, "engines": None}
+    # What was measured on another machine and kept there in the work folder is new in the document.
+    brought = {"model": "sd15", "stage": "engines", "machine": second}
+    assert scale.written(file, [brought], {})["rows"][-1] == brought
 
 
 def test_a_stage_that_fails_is_not_taken_for_done(tmp_path: Path) -> None:

@@ -20,6 +20,18 @@ def test_stages_add_up_and_engines_are_shares_of_the_first(tmp_path: Path, monke
     assert scale_tables.scale().splitlines()[2:] == [
         "| Stable Diffusion 1.5, 8 prompts × 4 steps | 860 M | 10.0 min | 0.5 min | 1.5 min | 13.0 min | 9.0 GB |"
     ]
+    document = {"rows": rows, "machine": {"processor": "A", "cores": 2}}
+    for row in rows[:2]:  # of the other two one names the same processor, one none
+        row["machine"] = {"processor": "B", "cores": 2}
+    rows[2]["machine"] = {"processor": "A", "cores": 4}
+    (tmp_path / "scale.json").write_text(json.dumps(document))
+    assert scale_tables.scale().splitlines()[3:] == [
+        "", "Measured on A, but Stable Diffusion 1.5 (create, compress) on B."
+    ]  # fmt: skip
+    for row in rows[:4]:
+        row["machine"] = {"processor": "B"}
+    (tmp_path / "scale.json").write_text(json.dumps(document))
+    assert scale_tables.scale().endswith("|\n\nMeasured on A, but Stable Diffusion 1.5 on B.")
     assert scale_tables.engines().splitlines()[2:] == [
         "| Stable Diffusion 1.5, sm89 | 1800 MB (100%) | 900 MB (50%) | – |"
     ]

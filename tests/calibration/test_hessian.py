@@ -1,6 +1,7 @@
 """Streamed Hessians against those of everything at once."""
 
 import math
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from diffpress.calibration import hessian as hessian_module
 from diffpress.calibration import hessian_run
 from diffpress.calibration.capture import Call
 from diffpress.calibration.hessian import Hessian, alphas, bytes_of, unsupported, widths_of
-from diffpress.calibration.hessian_run import collect, collect_in_parts, load, same_inputs, save
+from diffpress.calibration.hessian_run import collect_in_parts, load, same_inputs, save
 from diffpress.calibration.model import load_pipeline
-from diffpress.calibration.statistics import row_of
+from diffpress.calibration.statistics import Run, row_of
 from diffpress.errors import DiffpressError
 
 
@@ -214,6 +215,12 @@ def network() -> Network:
 def calls() -> list[Call]:
     text = torch.zeros(2, 1, 1)
     return [Call(drawn(2, 3, 9, 9, seed=i), torch.tensor([t]), text) for i, t in enumerate((9.0, 4.0, 1.0) * 2)]
+
+
+def collect(run: Run, layers: dict[str, nn.Module], calls: list[Call], *given: Any, **more: Any) -> dict[str, Hessian]:
+    """The Hessians over all calls as one part, which is not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        return collect_in_parts(run, layers, [calls], Path(folder), *given, **more)
 
 
 def layers(network: Network, *names: str) -> dict[str, nn.Module]:

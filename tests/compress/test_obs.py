@@ -45,7 +45,9 @@ def magnitude_mask(weight: Tensor, ratio: float) -> Tensor:
 
 def least_squares(weight: Tensor, hessian: Tensor, gone: Tensor, damping: float = 0.01) -> Tensor:
     """The best weights with these zeros for the damped Hessian, row by row from the normal equations."""
-    damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    damped = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(
+        len(hessian), dtype=torch.float64
+    )
     best = torch.zeros(weight.shape, dtype=torch.float64)
     for row in range(len(weight)):
         stays = ~gone[row]
@@ -58,7 +60,7 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     hessian = correlated()
     factor = inverse_factor(hessian, damping=0.02)
     mean = hessian.double().diagonal().mean()
-    damped = hessian.double() + 0.02 * mean * torch.eye(IN)
+    damped = hessian.double() + 0.02 * mean * torch.eye(IN, dtype=torch.float64)
     assert factor.damping == pytest.approx(0.02 * float(mean))
     assert torch.equal(factor.upper, factor.upper.triu())
     assert torch.allclose(factor.upper.t() @ factor.upper @ damped, torch.eye(IN, dtype=torch.float64), atol=1e-9)

@@ -11,6 +11,7 @@ import torch
 
 from diffpress.calibration.capture import Call
 from diffpress.calibration.hessian import kernel_of
+from diffpress.compress.families import unet as family
 from diffpress.compress.numerics.simulate import rounded_weight
 from diffpress.compress.prune import packages, structure
 from diffpress.compress.prune.distill import DistillPass, touched
@@ -156,13 +157,20 @@ def test_so_many_weights_are_zero_and_others_make_up_for_them(fresh: Fresh, netw
             assert int((layer.weight == 0).sum()) == round(0.5 * layer.weight.numel())
         errors[method] = error(work, network)
     assert errors["obs"] < 0.8 * errors["magnitude"]
-    spread = fresh()
-    PruneUnstructuredPass(ratio=0.5, allocation="sensitivity", refine=0).apply(spread)
-    chosen = layers("", spread, None)[0]
+
+
+def test_weights_leave_where_that_does_least(fresh: Fresh, network: Any) -> None:
+    spread, even = fresh(), fresh()
+    few = list(layers("", spread, None)[0])[::6]  # of every kind; each is pruned three times to see what it does
+    spared = tuple(path for path in family.quantizable(network) if path not in few)
+    PruneUnstructuredPass(ratio=0.5, exclude=spared).apply(even)
+    PruneUnstructuredPass(ratio=0.5, exclude=spared, allocation="sensitivity", refine=0).apply(spread)
+    chosen = layers("", spread, spared)[0]
+    assert list(chosen) == few
     shares = {name: float((layer.weight == 0).float().mean()) for name, layer in chosen.items()}
     total = sum(shares[name] * layer.weight.numel() for name, layer in chosen.items())
     assert total >= 0.49 * sum(layer.weight.numel() for layer in chosen.values())
-    assert len({round(share, 1) for share in shares.values()}) > 1 and error(spread, network) < errors["obs"]
+    assert len({round(share, 1) for share in shares.values()}) > 1 and error(spread, network) < error(even, network)
 
 
 def test_two_of_four_input_channels_at_every_place_and_zeros_stay_in_int8(fresh: Fresh) -> None:
@@ -205,6 +213,14 @@ def test_distillation_lowers_the_error_and_keeps_zeros(fresh: Fresh, network: An
     assert all(torch.equal(value, frozen[key]) for key, value in work.denoiser.state_dict().items() if key in frozen)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_distillation_needs_calls_to_learn_from_and_to_judge_by(fresh: Fresh, count: int) -> None:
+    work = fresh()
+    work.recorder = lambda _: Recorded(fresh().record())[:count]  # type: ignore[arg-type,return-value]
+    with pytest.raises(DiffpressError, match=f"of {count} recorded calls none is left to judge by"):
+        DistillPass().apply(work)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -215,6 +231,10 @@ def test_distillation_lowers_the_error_and_keeps_zeros(fresh: Fresh, network: An
         (PruneStructuredPass(exclude=("*",)), "nothing is left that could be cut"),
         (PruneUnstructuredPass(exclude=("*",)), "the exclude patterns leave no layer to prune"),
         (PruneUnstructuredPass(exclude=("nothing",)), "prune-unstructured: exclude pattern 'nothing' matches no layer"),
+        (
+            PruneUnstructuredPass(ratio=0.97, allocation="sensitivity"),
+            "a ratio of 0.97 cannot be spread, no layer may lose more than 0.95",
+        ),
         (PruneNMPass(n=4, m=4), "4 zeros in every 4 leave nothing"),
     ],
 )

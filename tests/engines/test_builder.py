@@ -71,6 +71,16 @@ def test_flags_that_the_library_lacks_are_left_out() -> None:
     assert config.flags == ["sparse"]
 
 
+def test_kernels_that_skip_zeros_are_counted_by_their_names() -> None:
+    said = [
+        {"Name": "a", "TacticName": "sm80_xmma_fprop_sparse_conv_interleaved_i8i8_i8i32_f32_nhwc"},
+        {"Name": "sparse by name alone", "TacticName": "sm80_xmma_gemm_f16f16"},
+        {"Name": "b", "TacticName": "0x0000000000000000"},
+        "as a plain name",
+    ]
+    assert builder.sparse_kernels(said) == 1 and builder.sparse_kernels([]) == 0
+
+
 @pytest.mark.parametrize(
     ("answer", "layers", "reason"),
     [

@@ -106,7 +106,7 @@ def test_the_sidecar_says_what_the_engine_was_made_of(built: Bundle) -> None:
     assert (sidecar["format"], sidecar["compute_capability"], sidecar["gpus"]) == (1, "8.9", ["rtx-4090"])
     assert sidecar["architecture"] == "Ada Lovelace" and set(sidecar["types"]) == {"int8", "fp32"}
     assert sidecar["profiles"] == [sidecar["shapes"]] and sidecar["flags"] == [] and sidecar["warnings"] == []
-    assert sidecar["sparse"] == {"layers": 0, "enabled": False}
+    assert sidecar["sparse"] == {"layers": 0, "enabled": False, "kernels": None}
     assert sidecar["weight_streaming"] == {"enabled": False, "budget_bytes": None}
     planned = built.manifest["memory"]["sm89"]
     assert planned["engines"]["cached"]["weights"] == sidecar["memory"]["weights"] > 1000
@@ -172,10 +172,10 @@ def test_sparse_weights_are_told_to_targets_that_multiply_them_faster(handmade: 
         for target in ("sm75", "sm89")
         for name in ("full", "vae_decoder")
     }
-    assert found["sm89", "full"]["sparse"] == {"layers": 1, "enabled": True}
+    assert found["sm89", "full"]["sparse"] == {"layers": 1, "enabled": True, "kernels": None}
     assert found["sm89", "full"]["flags"] == ["SPARSE_WEIGHTS"] and found["sm75", "full"]["flags"] == []
-    assert found["sm75", "full"]["sparse"] == {"layers": 1, "enabled": False}
-    assert found["sm89", "vae_decoder"]["sparse"] == {"layers": 0, "enabled": False}
+    assert found["sm75", "full"]["sparse"] == {"layers": 1, "enabled": False, "kernels": None}
+    assert found["sm89", "vae_decoder"]["sparse"] == {"layers": 0, "enabled": False, "kernels": None}
 
 
 @pytest.mark.parametrize("images", [(), (0,), (2, 1), (1, 1), (-1, 2)])

@@ -325,13 +325,14 @@ def test_a_step_program_runs_on_engines(
 @pytest.mark.gpu
 def test_a_real_engine_on_a_real_gpu(tmp_path: Path) -> None:
     """Built here for this GPU by the library, run by the session: values as in numpy."""
+    from diffpress.engines import library
     from diffpress.runtime import cuda, tensor_rt
 
     backend = next((name for name in tensor_rt.MODULES if tensor_rt.version(name)), None)
     if cuda.gpu() is None or backend is None:
         pytest.skip("needs an NVIDIA GPU with tensorrt or tensorrt-rtx")
     trt: Any = tensor_rt.library(backend)
-    logger = tensor_rt.make_logger(trt)
+    logger = library.logger(trt)
     builder = trt.Builder(logger)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))

@@ -1,0 +1,237 @@
+"""The tables and the plot of `benchmarks.peers`, from results/peers.json; `benchmarks.tables` writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffpress.benchmarks import plots
+
+RESULTS = Path(__file__).resolve().parent / "results"
+REFERENCE, SHAPES, CALL = "diffusers FP32", "shapes", "sd15"
+SPEED, ACCURACY, ERROR = "speedup_vs_eager", "attribute_accuracy", "latent_rel_l2_converged_median"
+CALL_ERROR = "latent_rel_l2"
+POINT = 0.01  # of attribute accuracy that a row may lie below diffusers and still count as equal
+TOLERABLE = 0.1  # error of a call that counts as equal: that of INT8 is a third of it
+ASKED = 2.0  # times faster than the best peer
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+Claim = tuple[str, str, str, bool]
+
+
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((RESULTS / "peers.json").read_text("utf-8"))
+    return data
+
+
+def running(rows: Rows, model: str = SHAPES) -> list[Row]:
+    """Those of a model that have a speed."""
+    return [row for row in rows if row["model"] == model and row[SPEED] is not None]
+
+
+# -- fronts ------------------------------------------------------------------------------------------------------------
+
+# What counts as equal is rounded away, or whoever rounds differently would be on every front: by words, a number of
+# which more is better.
+_GOOD: dict[str, Callable[[Row], float]] = {
+    "attribute accuracy, to the point": lambda row: round(row[ACCURACY], 2),
+    "PSNR to diffusers' 50 DDIM steps, to the dB, 50 and more are equal": lambda row: (
+        50.0 if row["psnr_db"] is None else min(50.0, round(row["psnr_db"]))
+    ),
+    "median latent error to the converged solution, to two digits": lambda row: -float(f"{row[ERROR]:.2g}"),
+}
+_CALL_GOOD: dict[str, Callable[[Row], float]] = {
+    "error of a call of 1.5's size, to two digits, 0.001 and less are equal": lambda row: (
+        -float(f"{max(row[CALL_ERROR], 0.001):.2g}")
+    ),
+}
+
+
+def on_front(rows: Rows, good: Callable[[Row], float]) -> list[Row]:
+    """The rows that none beats in speed and in what `good` measures."""
+    return [rows[index] for index in plots.pareto([(row[SPEED], good(row)) for row in rows])]
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+def claims() -> str:
+    """What was asked of ours beside the peers, and what was reached."""
+    rows = _data()["rows"]
+    made = [*_fronts(rows), *_factors(rows)]
+    lines = ["| on this CPU | asked | reached | |", "|---|---|--:|---|"]
+    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
+    return "\n".join(lines)
+
+
+def _fronts(rows: Rows) -> list[Claim]:
+    """For every measure of quality, whether the front of all rows is ours alone."""
+    made = []
+    pairs = [(running(rows), words, good) for words, good in _GOOD.items()]
+    pairs += [(running(rows, CALL), words, good) for words, good in _CALL_GOOD.items()]
+    for some, words, good in pairs:
+        found = on_front(some, good)
+        peers = [_short(row) for row in found if row["peer"]]
+        got = f"{len(found) - len(peers)} of ours" + (f", and {'; '.join(peers)}" if peers else "")
+        made.append((f"on the front of speed and {words}", "ours alone", got, bool(found) and not peers))
+    return made
+
+
+def _factors(rows: Rows) -> list[Claim]:
+    """How many times faster than the best peer the best of ours is where quality counts as equal, by schedule."""
+    shapes, calls = running(rows), running(rows, CALL)
+    reference = next((row for row in shapes if row["contender"] == REFERENCE), None)
+    limit = reference[ACCURACY] - POINT - 1e-9 if reference else 0.0
+    equal = [row for row in shapes if row[ACCURACY] >= limit]
+    schedules = list(dict.fromkeys((row["schedule"], row["steps"]) for row in equal if row["peer"]))
+    scopes = [("on any schedule", equal)]
+    scopes += [
+        (f"in {steps} steps of {name}", [row for row in equal if (row["schedule"], row["steps"]) == (name, steps)])
+        for name, steps in schedules
+    ]
+    asked = f"at least {ASKED:g}x"
+    made = [(f"attributes at most 1 point below diffusers, {words}", asked, *_factor(some)) for words, some in scopes]
+    close = [row for row in calls if row[CALL_ERROR] <= TOLERABLE]
+    if close:
+        made.append((f"a call of 1.5's size, error at most {TOLERABLE:g}", asked, *_factor(close)))
+    return made
+
+
+def _factor(rows: Rows) -> tuple[str, bool]:
+    """The fastest of ours over the fastest peer: in words, and whether that is what was asked."""
+    ours, peer = (
+        max((row for row in rows if row["peer"] is kind), key=lambda row: row[SPEED], default=None)
+        for kind in (False, True)
+    )
+    if ours is None or peer is None:
+        return f"no {'row of ours' if ours is None else 'peer'} there", ours is not None
+    factor = ours[SPEED] / peer[SPEED]
+    return f"{factor:.2f}x: {_short(ours)} over {_short(peer)}", factor >= ASKED
+
+
+def _short(row: Row) -> str:
+    """A row in few words."""
+    steps = "" if row["model"] == CALL else f" ({row['steps']} {row['schedule']})"
+    return f"{row['contender']}{steps}"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def peers() -> str:
+    """A line for each contender, the fastest of its rows whose attributes count as equal, and what does not run."""
+    data = _data()
+    rows = running(data["rows"])
+    calls = {row["contender"]: row for row in data["rows"] if row["model"] == CALL}
+    limit = next(row[ACCURACY] for row in rows if row["contender"] == REFERENCE) - POINT - 1e-9
+    best: dict[str, Row] = {}
+    for row in rows:
+        rank = (row[ACCURACY] >= limit, row[SPEED])
+        known = best.get(row["contender"])
+        if known is None or rank > (known[ACCURACY] >= limit, known[SPEED]):
+            best[row["contender"]] = row
+    lines = [
+        "| | backend | schedule | vs diffusers | images a second | attributes | PSNR | error to converged | denoiser | a call of SD 1.5's size | its error |",  # noqa: E501
+        "|---|---|---|" + "--:|" * 8,
+    ]
+    for row in sorted(best.values(), key=lambda row: row[SPEED], reverse=True):
+        call = calls.get(row["contender"], {})
+        cells = [
+            row["contender"] if row["peer"] else f"**{row['contender']}**",
+            row["backend"],
+            f"{row['steps']} {row['schedule']}",
+            f"{row[SPEED]:.1f}x",
+            _cell(row["images_per_second"], ".1f"),
+            _cell(row[ACCURACY], ".1%"),
+            _cell(row["psnr_db"], ".1f"),
+            _cell(row[ERROR], ".3f"),
+            _cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
+            _cell(call.get(SPEED), ".2f", "x"),
+            _cell(call.get(CALL_ERROR) if call.get(SPEED) else None, ".3f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    absent = {
+        row["contender"]: row["reason"]
+        for row in data["rows"]
+        if row["model"] == SHAPES and row["contender"] not in best and row["reason"]
+    }
+    lines += ["", _where(data)]
+    if absent:
+        lines += ["", "No row, and why: " + "; ".join(f"{name}: {why}" for name, why in absent.items()) + "."]
+    return "\n".join(lines)
+
+
+def peers_all() -> str:
+    """Every row with everything that was measured."""
+    data = _data()
+    lines = [
+        "| | backend | bits | vs diffusers | vs uncompressed | images a second | ms | attributes | CLIP | Fréchet | PSNR | SSIM | error to 50 DDIM steps | to converged | denoiser | making | deploys |",  # noqa: E501
+        "|---|---|" + "--:|" * 15,
+    ]
+    group = None
+    for row in data["rows"]:
+        if row["model"] != group:
+            group = row["model"]
+            words = "images of `shapes`" if group == SHAPES else "calls of the denoiser at Stable Diffusion 1.5's size"
+            lines.append(f"| **{words}** |" + " |" * 16)
+        if row[SPEED] is None:
+            why = str(row["reason"]).replace("|", "/")
+            lines.append(f"| {row['name']} | does not run: {why} |" + " |" * 15)
+            continue
+        note = f" ({row['note']})" if row["note"] else ""
+        cells = [
+            row["name"] + note,
+            row["backend"],
+            f"W{row['bits_w']}A{row['bits_a']}",
+            f"{row[SPEED]:.2f}x",
+            _cell(row["speedup_vs_uncompressed"], ".2f", "x"),
+            _cell(row["images_per_second"], ".2f"),
+            f"{row['p50_ms']:.0f}",
+            _cell(row[ACCURACY], ".1%"),
+            _cell(row["clip_score"], ".2f"),
+            _cell(row["frechet"], ".3f"),
+            _cell(row["psnr_db"], ".1f"),
+            _cell(row["ssim"], ".3f"),
+            _pair(row, "latent_rel_l2"),
+            _pair(row, "latent_rel_l2_converged"),
+            _cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
+            _cell(row["seconds"], ".0f", " s"),
+            "yes" if row["deploys"] else "no",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _where(data)])
+
+
+def _cell(value: Any, form: str, unit: str = "") -> str:
+    return "–" if value is None else format(value, form) + unit
+
+
+def _pair(row: Row, key: str) -> str:
+    """Median and, in brackets, mean of an error."""
+    median = row[f"{key}_median"]
+    return "–" if median is None else f"{median:.3f} ({row[key]:.3f})"
+
+
+def _where(data: Mapping[str, Any]) -> str:
+    here = data["machine"]
+    return (
+        f"{data['images']} images of held-out captions, the same seeds for all; speed end to end at batch 1, medians "
+        f"of runs paired with eager diffusers FP32 at {data['sampling']['steps']} steps of "
+        f"{data['sampling']['scheduler']}; {here['processor']}, {here['cores']} cores."
+    )
+
+
+# -- plot --------------------------------------------------------------------------------------------------------------
+
+
+def plot() -> str:
+    """Error to the converged solution against speed, ours and the peers', each with its front."""
+    rows = running(_data()["rows"])
+    groups = {}
+    for words, peer in (("peers", True), ("diffpress", False)):
+        some = [row for row in rows if row["peer"] is peer]
+        groups[words] = [(row[SPEED], row[ERROR], _short(row).removeprefix("diffpress ")) for row in some]
+    across = f"times faster than diffusers FP32 at {_data()['sampling']['steps']} steps"
+    return plots.rivals(groups, across, "median error of the latents to the converged solution: up is better")
