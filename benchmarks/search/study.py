@@ -8,6 +8,7 @@ before the study hears of it, so that whatever was finished is never run again.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +88,13 @@ class Search:
             storage=_stored(self.storage), study_name=NAME, directions=["maximize", "minimize"], load_if_exists=True
         )
         before = self.study.get_trials(deepcopy=False)
-        # Another seed after an interruption, or the same suggestions would come again.
-        self.study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(before), n_startup_trials=STARTUP)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # grouping is marked as experimental
+            # Grouped: fields of a pass are drawn together where it is there. Another seed after an interruption, or the
+            # same suggestions would come again.
+            self.study.sampler = optuna.samplers.TPESampler(
+                seed=self.seed + len(before), n_startup_trials=STARTUP, multivariate=True, group=True
+            )
         if not before:
             for name, recipe in self.first.items():
                 self._enqueue(name, recipe)
