@@ -1,11 +1,15 @@
-"""Judges a bundle: the compressed pipeline, the same model exported without compression, and diffusers in FP32."""
+"""Judges a bundle: the compressed pipeline, the same model exported without compression, and diffusers in FP32.
+
+Under `accelerate launch` the first process measures time while the others wait; all of them draw.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,69 +22,80 @@ from diffpress.benchmarks import (
     candidates,
     card,
     document,
+    drawing,
     front,
     machine,
-    memory,
-    plain,
     prompts,
     report,
+    saved,
     scores,
-    speed,
+    timing,
 )
-from diffpress.benchmarks.candidates import (
-    COMPRESSED,
-    EXPORT,
-    PLAIN,
-    REFERENCE,
-    RESCHEDULED,
-    STRICT,
-    Candidate,
-    Drawn,
-    Reference,
-)
+from diffpress.benchmarks.candidates import COMPRESSED, PLAIN, REFERENCE, Drawn, Reference
+from diffpress.benchmarks.compared import Compared
+from diffpress.benchmarks.networks import Networks
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
-from diffpress.plan import Sampling
-
-KEPT = 16  # images whose latents are compared step by step
 
 
 def bench(
     bundle_path: str | Path,
     against: str,
-    images: int = 200,
+    images: int | None = None,
     json_file: Path | None = None,
     quiet: bool = False,
     *,
     prompts_file: Path | None = None,
     uncompressed: Path | None = None,
     reference: Reference | None = None,
+    networks: Networks | None = None,
+    save_images: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
 
-    `uncompressed` is a folder for the export without compression, made if absent and used if it fits; without one it
-    is made in a temporary place. `reference` is the diffusers pipeline, opened if
-    absent. Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
+    `images` None are as many as `prompts_file` has prompts, or `prompts.IMAGES`. `uncompressed` is a folder for the
+    export without compression, made if absent and used if it fits; without one it is made in a temporary place.
+    `reference` is the diffusers pipeline, opened if absent. `networks` judge images, those that the environment names
+    if absent. `save_images` is a folder for images and prompts. An interrupted bench goes on with the images it lacks.
+    Raises `DiffpressError` for a model that is not the bundle's, or unreadable prompts.
     """
-    from diffpress.calibration.model import folder_of
-
-    if images < 1:
+    if images is not None and images < 1:
         raise DiffpressError(f"--images is {images}: at least 1 is needed")
     opened = bundles.load(bundle_path)
     check_model(opened, against)
     chosen = prompts.choose(images, _is_shapes(against), prompts_file)
+    if save_images is not None:
+        saved.check(save_images)
+    networks = networks or Networks.load()
+    from diffpress.calibration import processes
+
+    processes.take_own_gpu()
     with _uncompressed(opened, against, uncompressed, quiet) as export:
-        result, pictures = measure(opened, export, against, chosen, quiet, reference)
-    if folder_of(against) is None:
-        result["model"]["hub"] = against
-    result["reproduce"] = document.commands(Path(bundle_path), against, images, opened.manifest, prompts=prompts_file)
-    result = document.finite(result)
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    if json_file is not None:
-        json_file.write_text(text, "utf-8")
-    page = report.render(result, pictures)
-    _into(opened, {"report.json": text, "report.html": page, "README.md": card.card(result)}, result)
-    return result
+        compared = Compared(opened, export, against, {} if reference is None else {REFERENCE: reference})
+        found = timing.measure(compared, chosen.texts, quiet) if processes.is_main() else None
+        choice = processes.from_main(found.choice if found else None)
+        folder, wanted = drawing.folder_of(opened, chosen.texts), compared.wanted(chosen.texts, choice)
+        drawing.draw_all(wanted, lambda name: compared.open(name, choice), folder, _progress(quiet))
+        result: dict[str, Any] | None = None
+        if found:
+            drawn = drawing.read_all(wanted, folder)
+            result = judge(
+                compared, found, drawn, scores.Judging(chosen, networks, drawn[REFERENCE].pixels), save_images
+            )
+            given = {**({"--prompts": prompts_file} if prompts_file else {}), **networks.options()}
+            texts = len(chosen.texts)
+            if compared.model_folder() is None:
+                result["model"]["hub"] = against
+            result["reproduce"] = document.commands(Path(bundle_path), against, texts, opened.manifest, given)
+            result = document.finite(result)
+            assert result is not None
+            text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+            if json_file is not None:
+                json_file.write_text(text, "utf-8")
+            page = report.render(result, _pictures(drawn, result["pictures"]))
+            _into(opened, {"report.json": text, "report.html": page, "README.md": card.card(result)}, result)
+            shutil.rmtree(folder, ignore_errors=True)
+        return processes.from_main(result)
 
 
 def check_model(bundle: Bundle, against: str) -> None:
@@ -108,9 +123,11 @@ def _is_shapes(against: str) -> bool:
 def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool) -> Iterator[Bundle]:
     """The same model exported without compression, on its own schedule."""
     from diffpress import api
+    from diffpress.calibration import processes
 
     steps = candidates.own_schedule(bundle.manifest)[0].steps
-    with tempfile.TemporaryDirectory(prefix="diffpress-bench-") as temporary:
+    temporary = processes.from_main(tempfile.mkdtemp(prefix="diffpress-bench-") if processes.is_main() else None)
+    try:
         place = folder or Path(temporary) / "uncompressed"
         if not place.exists():
             loras = candidates.loras_of(bundle.manifest)
@@ -121,104 +138,49 @@ def _uncompressed(bundle: Bundle, against: str, folder: Path | None, quiet: bool
         if export.manifest.get("passes"):
             raise DiffpressError(f"{place} is compressed: name an empty place or one made with --recipe fp32")
         yield export
+    finally:
+        if processes.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def measure(
-    bundle: Bundle,
-    export: Bundle,
-    against: str,
-    chosen: prompts.Prompts,
-    quiet: bool,
-    reference: Reference | None = None,
-) -> tuple[dict[str, Any], list[report.Picture]]:
-    """Everything the report says, and the pictures it shows."""
-    from diffpress.runtime.backends import available
-    from diffpress.runtime.pipeline import Pipeline
-
-    sampling = Sampling.from_json(bundle.manifest["sampling"])
-    own, scheduler = candidates.own_schedule(bundle.manifest)  # what is not compressed keeps the model's own schedule
-
-    def open_compressed(backend: str, precision: str) -> Candidate:
-        return Pipeline.load(bundle, backend, precision)
-
-    backends = tqdm(available(), desc="trying backends", unit="backend", disable=quiet)
-    default, tried = speed.fastest(backends, open_compressed, chosen.texts[0])
-    backend, precision = default["name"], default["precision"]
-    reference = reference or Reference.load(against, own, scheduler, candidates.loras_of(bundle.manifest))
-    pipelines: dict[str, Candidate] = {
-        REFERENCE: reference,
-        EXPORT: Pipeline.load(export, backend, "fp32", sampling=own),
-        COMPRESSED: open_compressed(backend, precision),
-    }
-    if precision != "fp32":
-        pipelines[STRICT] = Pipeline.load(export, backend, precision, sampling=own)
-    if sampling != own:
-        pipelines[RESCHEDULED] = reference.on(sampling)
-    timings = speed.time_all(pipelines, chosen.texts, quiet)
-
-    def open_plain(schedule: Sampling) -> Candidate:
-        return Pipeline.load(export, backend, precision, sampling=schedule)
-
-    def open_timed(steps: int) -> Candidate:
-        return open_plain(plain.schedules(scheduler, own, steps)[plain.TIMED])
-
-    trials = plain.compare(timings, pipelines, open_timed, own.steps, chosen.texts[0], quiet)
-    batch, texts = candidates.batch_size(bundle.manifest["latent"]), chosen.texts
-    same = {  # what is compared in quality against speed alone
-        name: candidates.draw(pipelines.pop(name), texts[:KEPT], range(len(texts[:KEPT])), batch)
-        for name in (STRICT, RESCHEDULED)
-        if name in pipelines
-    }
-    rival = plain.rival(trials, scheduler, own, open_plain, pipelines[REFERENCE], texts, batch, quiet)
-    if rival is not None:
-        pipelines[PLAIN] = rival.candidate
-    drawn = _draw_all(pipelines, texts, batch, quiet) | same
-    judging = scores.Judging(chosen)
-    result = {
+def judge(
+    compared: Compared,
+    found: timing.Found,
+    drawn: Mapping[str, Drawn],
+    judging: scores.Judging,
+    save_images: Path | None = None,
+) -> dict[str, Any]:
+    """Everything the report says but for how to get it again; saves the images where that is asked for."""
+    texts, sampling, own = judging.prompts.texts, compared.sampling, compared.own
+    rival = found.rival.schedule if found.rival else None
+    distance = document.apart(drawn, judging)
+    if save_images is not None:
+        saved.save(save_images, drawn, texts, distance)
+    return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **document.subject(bundle, sampling, own),
-        "prompts": {"source": chosen.source, "count": len(chosen.texts), "seeds": f"0..{len(chosen.texts) - 1}"},
-        **document.speed(timings, precision),
-        "size_bytes": document.sizes(bundle),
-        "peak_rss_bytes": _peaks(bundle, export, against, default, chosen.texts[0], quiet),
-        **document.quality(drawn, judging, same_schedule=sampling == own),
-        PLAIN: document.fewer_steps(trials, rival.schedule if rival else None, drawn, judging, default),
-        "pictures": document.pictures(drawn, chosen.texts),
-        "layers": document.layers(bundle),
-        "faults": scores.all_faults(drawn),
-        "backend": default,
-        "backends_tried": tried,
+        **document.subject(compared.bundle, sampling, own),
+        "prompts": {"source": judging.prompts.source, "count": len(texts), "seeds": f"0..{len(texts) - 1}"},
+        **found.entries,
+        "size_bytes": document.sizes(compared.bundle, compared.export, compared.model_folder()),
+        **document.quality(drawn, judging, distance, same_schedule=sampling == own),
+        PLAIN: document.fewer_steps(found.trials, rival, drawn, judging, found.entries["backend"]),
+        "candidates": front.rows(found.entries, found.trials, drawn, found.rival),
+        "pictures": document.pictures(drawn, texts),
+        "layers": document.layers(compared.bundle),
+        "metrics": judging.metrics(),
+        "faults": scores.all_faults(dict(drawn)),
         "machine": machine.machine(),
         "versions": machine.versions(),
     }
-    result["candidates"] = front.rows(result["speedup"], result["same_precision"], trials, drawn, rival)
-    return result, _pictures(drawn, result["pictures"])
 
 
-def _draw_all(pipelines: dict[str, Candidate], texts: list[str], batch: int, quiet: bool) -> dict[str, Drawn]:
-    """The same prompts and seeds for all; of the plain export only those that are compared step by step."""
-    counts = {name: min(KEPT, len(texts)) if name == EXPORT else len(texts) for name in pipelines}
-    drawn = {}
-    with tqdm(total=sum(counts.values()), desc="drawing", unit="image", disable=quiet) as bar:
-        for name, candidate in pipelines.items():
-            count = counts[name]
-            keep = 0 if name == PLAIN else KEPT
-            bar.set_postfix_str(name.replace("_", " "))
-            drawn[name] = candidates.draw(candidate, texts[:count], range(count), batch, keep, bar.update)
-    return drawn
+def _progress(quiet: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
+    from diffpress.calibration import processes
 
+    def show(items: Iterable[Any], what: str) -> Iterable[Any]:
+        return tqdm(items, desc=what, unit="batch", disable=quiet or not processes.is_main())
 
-def _peaks(
-    bundle: Bundle, export: Bundle, against: str, default: dict[str, str], prompt: str, quiet: bool
-) -> dict[str, int]:
-    runs = {"backend": default["name"], "prompt": prompt}
-    tasks = {
-        REFERENCE: {"bundle": str(bundle.path), "against": against, "prompt": prompt},
-        EXPORT: {"bundle": str(export.path), "precision": "fp32", **runs},
-        COMPRESSED: {"bundle": str(bundle.path), "precision": default["precision"], **runs},
-    }
-    bar = tqdm(tasks.items(), desc="measuring memory", unit="process", disable=quiet)
-    return {name: memory.peak_rss(task) for name, task in bar}
+    return show
 
 
 def _pictures(drawn: dict[str, Drawn], shown: list[dict[str, Any]]) -> list[report.Picture]:

@@ -71,19 +71,25 @@ class Reference:
 
         latents: list[np.ndarray] = []
         marks: list[float] = []  # the first denoiser call begins, then each step ends
+        on_gpu = self.pipeline.unet.device.type == "cuda"
+
+        def now() -> float:
+            if on_gpu:
+                torch.cuda.synchronize()  # or the launches alone would be timed
+            return time.perf_counter()
 
         def on_step(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            marks.append(time.perf_counter())
+            marks.append(now())
             if keep_latents:
                 latents.append(tensors["latents"].numpy(force=True).copy())
             return tensors
 
         def on_denoiser(*_: Any) -> None:
             if not marks:
-                marks.append(time.perf_counter())
+                marks.append(now())
 
         hook = self.pipeline.unet.register_forward_pre_hook(on_denoiser)
-        start = time.perf_counter()
+        start = now()
         try:
             drawn = self.pipeline(
                 list(prompts),
@@ -97,7 +103,7 @@ class Reference:
             )
         finally:
             hook.remove()
-        end = time.perf_counter()
+        end = now()
         return Images(
             pixels=(drawn.images * 255).round().astype(np.uint8),
             latents=latents,

@@ -12,9 +12,10 @@ from typing import Any
 
 from diffpress.benchmarks import quality as quality_of
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, RESCHEDULED, STRICT, Drawn
-from diffpress.benchmarks.latency import paired_ratio, summary
+from diffpress.benchmarks.latency import paired_interval, paired_ratio, summary
+from diffpress.benchmarks.networks import LPIPS
 from diffpress.benchmarks.plain import Trial, best
-from diffpress.benchmarks.scores import Content, Judging, distances, error_per_step, shown
+from diffpress.benchmarks.scores import Content, Judging, Rows, distances, each, error_per_step, intervals, shown
 from diffpress.benchmarks.speed import Timings
 from diffpress.bundle import Bundle, denoiser_bytes
 from diffpress.inspection import corrections_of, layer_rows, program_rows
@@ -27,26 +28,54 @@ def speed(timings: Timings, precision: str) -> dict[str, Any]:
     `vs_eager_same_schedule` is against diffusers with the compressed bundle's own steps and solver, where those are
     not the model's: what compression gives without the shorter schedule.
     """
-    own = timings.images[COMPRESSED]
-    strict = None
+    own, strict = timings.images[COMPRESSED], None
+    against = {
+        "vs_eager": timings.images[REFERENCE],
+        "vs_eager_same_schedule": timings.images.get(RESCHEDULED, timings.images[REFERENCE]),
+        "vs_uncompressed_export": timings.images[EXPORT],
+    }
     if STRICT in timings.images:
-        ratio = paired_ratio(timings.images[STRICT], own)
-        strict = {"precision": precision, "latency": summary(timings.images[STRICT]), "speedup": ratio}
+        times = timings.images[STRICT]
+        strict = {
+            "precision": precision,
+            "latency": summary(times),
+            "speedup": paired_ratio(times, own),
+            "speedup_interval": paired_interval(times, own),
+        }
     return {
         "latency": {name: summary(timings.images[name]) for name in (REFERENCE, EXPORT, COMPRESSED)},
-        "speedup": {
-            "vs_eager": paired_ratio(timings.images[REFERENCE], own),
-            "vs_eager_same_schedule": paired_ratio(timings.images.get(RESCHEDULED, timings.images[REFERENCE]), own),
-            "vs_uncompressed_export": paired_ratio(timings.images[EXPORT], own),
-        },
+        "speedup": {name: paired_ratio(times, own) for name, times in against.items()},
+        "speedup_interval": {name: paired_interval(times, own) for name, times in against.items()},
         "same_precision": strict,
         "stages_ms": timings.stage_medians(),
         "steps_ms": timings.step_medians(),
+        "stage_latency": timings.stage_summaries(),
+        "step_latency": timings.step_summaries(),
     }
 
 
-def sizes(bundle: Bundle) -> dict[str, Any]:
-    """Bytes: the denoiser before and after, the bundle without its report, and each of its folders."""
+def sizes(bundle: Bundle, export: Bundle | None = None, model: Path | None = None) -> dict[str, Any]:
+    """Bytes: the denoiser before and after, the bundle without its report, and each of its folders.
+
+    `by_candidate` is all that each needs: the folder of the model, where there is one, and the bundles.
+    """
+    folders = _folders(bundle)
+    return {
+        "denoiser_reference": bundle.manifest.get("sizes", {}).get("denoiser_reference"),
+        "denoiser_compressed": denoiser_bytes(bundle.path),
+        "bundle": sum(folders.values()),
+        "folders": dict(sorted(folders.items())),
+        "by_candidate": {
+            REFERENCE: None
+            if model is None
+            else sum(file.stat().st_size for file in model.rglob("*") if file.is_file()),
+            EXPORT: None if export is None else sum(_folders(export).values()),
+            COMPRESSED: sum(folders.values()),
+        },
+    }
+
+
+def _folders(bundle: Bundle) -> dict[str, int]:
     folders: dict[str, int] = {}
     for file in bundle.path.rglob("*"):
         if file.is_file():
@@ -54,24 +83,29 @@ def sizes(bundle: Bundle) -> dict[str, Any]:
             name = f"{parts[0]}/" if len(parts) > 1 else "manifest"
             folders[name] = folders.get(name, 0) + file.stat().st_size
     folders.pop("report/", None)
-    return {
-        "denoiser_reference": bundle.manifest.get("sizes", {}).get("denoiser_reference"),
-        "denoiser_compressed": denoiser_bytes(bundle.path),
-        "bundle": sum(folders.values()),
-        "folders": dict(sorted(folders.items())),
-    }
+    return folders
 
 
-def quality(drawn: Mapping[str, Drawn], judging: Judging, same_schedule: bool = True) -> dict[str, Any]:
+def apart(drawn: Mapping[str, Drawn], judging: Judging) -> Rows:
+    """How far each compressed image is from the reference's, by metric, [N] each; LPIPS where it is known."""
+    reference, compressed = drawn[REFERENCE], drawn[COMPRESSED]
+    found = each(compressed, reference)
+    perceived = judging.lpips(compressed.pixels, reference.pixels)
+    return found if perceived is None else {**found, LPIPS: perceived}
+
+
+def quality(drawn: Mapping[str, Drawn], judging: Judging, distance: Rows, same_schedule: bool = True) -> dict[str, Any]:
     """Distances to the reference, content metrics of both sides, the error after each step.
 
-    On another schedule than the reference's, the compressed steps end elsewhere: their errors are None.
+    `distance` is what `apart` found. On another schedule than the reference's, the compressed steps end elsewhere:
+    their errors are None.
     """
     reference, compressed = drawn[REFERENCE], drawn[COMPRESSED]
-    contents = {REFERENCE: judging.content(reference.pixels), COMPRESSED: judging.content(compressed.pixels)}
-    sides = {"reference": contents[REFERENCE], "compressed": contents[COMPRESSED]}
-    metrics = ("clip_score", "attribute_accuracy", "frechet")
-    compared = {metric: {side: getattr(found, metric) for side, found in sides.items()} for metric in metrics}
+    judged = {"reference": judging.judge(reference.pixels), "compressed": judging.judge(compressed.pixels)}
+    compared = {
+        metric: {side: getattr(content, metric) for side, (content, _) in judged.items()}
+        for metric in ("clip_score", "attribute_accuracy", "frechet")
+    }
     comparable = {EXPORT: True, COMPRESSED: same_schedule}
     stepwise = {
         name: error_per_step(drawn[name], reference) if same else None
@@ -79,8 +113,13 @@ def quality(drawn: Mapping[str, Drawn], judging: Judging, same_schedule: bool = 
         if name in drawn
     }
     return {
-        "quality": {**distances(compressed, reference), **compared},
-        "attributes": {side: found.attributes for side, found in sides.items()},
+        "quality": {
+            **distances(compressed, reference, distance),
+            LPIPS: float(distance[LPIPS].mean()) if LPIPS in distance else None,
+            **compared,
+        },
+        "quality_interval": intervals(distance, judged["reference"][1], judged["compressed"][1]),
+        "attributes": {side: content.attributes for side, (content, _) in judged.items()},
         "per_step": {"images": reference.trajectory.shape[1], "latent_rel_l2": stepwise},
     }
 
@@ -98,12 +137,14 @@ def fewer_steps(
         "latency_ms": found.latency_ms if found else None,
         "latency_ratio": found.ratio if found else None,
     }
-    apart: dict[str, Any] = dict.fromkeys(("images", "psnr_db", "psnr_db_worst", "ssim", "latent_rel_l2"))
+    distance: dict[str, Any] = dict.fromkeys(("images", "psnr_db", "psnr_db_worst", "ssim", "latent_rel_l2", LPIPS))
     content = Content()
     if PLAIN in drawn:
-        apart = distances(drawn[PLAIN], drawn[REFERENCE])
+        distance |= distances(drawn[PLAIN], drawn[REFERENCE])
         content = judging.content(drawn[PLAIN].pixels)
-    return entry | apart | asdict(content) | {"trials": [asdict(trial) for trial in trials]}
+        perceived = judging.lpips(drawn[PLAIN].pixels, drawn[REFERENCE].pixels)
+        distance[LPIPS] = None if perceived is None else float(perceived.mean())
+    return entry | distance | asdict(content) | {"trials": [asdict(trial) for trial in trials]}
 
 
 def subject(bundle: Bundle, sampling: Sampling, own: Sampling) -> dict[str, Any]:
@@ -148,17 +189,20 @@ def layers(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def commands(
-    bundle: Path, against: str, images: int, manifest: Mapping[str, Any], *, prompts: Path | None = None
+    bundle: Path, against: str, images: int, manifest: Mapping[str, Any], given: Mapping[str, Path] | None = None
 ) -> list[str]:
-    """What to type to get this report again; a recipe of one's own is the one that stands in the report, in a file."""
+    """What to type to get this report again; `given` are options of bench that name files.
+
+    A recipe of one's own is the one that stands in the report, in a file.
+    """
     recipe, sampling = manifest.get("recipe", {}), manifest.get("reference", manifest)["sampling"]
     model, place = shlex.quote(against), shlex.quote(str(bundle))
     name = recipe["name"] if _is_preset(recipe) else "recipe.yaml"
-    judged = f" --prompts {shlex.quote(str(prompts))}" if prompts else ""
+    options = "".join(f" {option} {shlex.quote(str(path))}" for option, path in (given or {}).items())
     return [
         f"diffpress compress {model} --recipe {name} --steps {sampling['steps']} "
         f"--seed {manifest.get('seed', 0)} --output {place}",
-        f"diffpress bench {place} --against {model} --images {images}{judged}",
+        f"diffpress bench {place} --against {model} --images {images}{options}",
     ]
 
 

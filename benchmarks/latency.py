@@ -9,6 +9,8 @@ from functools import partial
 
 import numpy as np
 
+from diffpress.benchmarks.bootstrap import interval, median
+
 Clock = Callable[[Callable[[], object]], float]  # calls it once and says how long that took, in ms
 
 
@@ -66,6 +68,15 @@ def summary(times_ms: Sequence[float]) -> dict[str, float | int]:
 
 def paired_ratio(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> float:
     """How many times faster `fast` is: the median of per-round ratios, in which a round's disturbance cancels."""
+    return float(np.median(_ratios(slow_ms, fast_ms)))
+
+
+def paired_interval(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> list[float] | None:
+    """The 95 % bootstrap interval [low, high] of `paired_ratio`, over rounds; None for a single round."""
+    return interval(_ratios(slow_ms, fast_ms), median)
+
+
+def _ratios(slow_ms: Sequence[float], fast_ms: Sequence[float]) -> np.ndarray:
     if len(slow_ms) != len(fast_ms):
         raise ValueError("paired ratios need the same rounds on both sides")
-    return float(np.median(np.asarray(slow_ms) / np.asarray(fast_ms)))
+    return np.asarray(slow_ms) / np.asarray(fast_ms)

@@ -61,6 +61,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def launched() -> bool:
+    """Whether this is one of several processes that a launcher started, which leaves each a single thread."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def versions() -> dict[str, str]:
     """Installed versions of diffpress and of what it measures with."""
     found = {"diffpress": diffpress.__version__}

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.calibration.prompts import read
+from diffpress.errors import DiffpressError
 
+IMAGES = 200  # where nobody says how many
 # Subjects, styles, counts, colours, light and composition, so that no single kind of picture decides the outcome.
 VARIED = (
     "a lighthouse on a cliff at dusk, long exposure",
@@ -46,11 +48,20 @@ class Prompts:
     scenes: list[Any] | None = None
 
 
-def choose(count: int, shapes: bool, file: Path | None = None) -> Prompts:
-    """`count` prompts, a short list repeated as often as needed; raises `DiffpressError` for a file without prompts."""
+def choose(count: int | None, shapes: bool, file: Path | None = None) -> Prompts:
+    """`count` prompts; None takes all of a file, else `IMAGES`. The built-in list is repeated as often as needed.
+
+    Raises `DiffpressError` for a file without prompts, or with fewer than `count`: images of the same prompt are not
+    as many opinions.
+    """
     if file is not None:
         texts = read(file)
-        return Prompts(_repeated(texts, count), str(file))
+        if count is not None and count > len(texts):
+            raise DiffpressError(
+                f"{file} holds {len(texts)} prompts, {count} images are asked for: add prompts or draw fewer"
+            )
+        return Prompts(texts[:count], str(file))
+    count = count or IMAGES
     if shapes:
         from diffpress.benchmarks.shapes.scenes import held_out_captions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 PSNR_CEILING_DB = 100.0  # equal images have no noise at all; a finite stand-in keeps means and JSON usable
-CONSTANT_STD = 1.0  # in 8-bit steps; a picture flatter than this shows nothing
+CONSTANT_STD = 1.0  # in 8-bit steps; a picture flatter than this in every colour shows nothing
 
 
 def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -96,12 +96,13 @@ def frechet(features: np.ndarray, reference: np.ndarray) -> float:
 
 
 def faults(pixels: np.ndarray, latents: np.ndarray | None = None) -> list[str]:
-    """Names what is broken, a line each: images that are constant, latents [N, C, H, W] that are not finite."""
+    """Names what is broken, a line each: images of one colour, latents [N, C, H, W] that are not finite."""
     found = []
     if latents is not None:
         finite = np.isfinite(latents.reshape(len(latents), -1)).all(axis=1)
         found += [f"image {index}: latents are NaN or infinite" for index in np.flatnonzero(~finite)]
-    spread = pixels.reshape(len(pixels), -1).astype(np.float64).std(axis=1)
+    colours = pixels.reshape(len(pixels), -1, pixels.shape[-1])
+    spread = np.array([rows.std(axis=0, dtype=np.float64).max() for rows in colours])
     found += [f"image {index}: constant" for index in np.flatnonzero(spread < CONSTANT_STD)]
     return found
 

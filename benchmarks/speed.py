@@ -32,6 +32,17 @@ class Timings:
             for name, rows in self.stages.items()
         }
 
+    def stage_summaries(self) -> dict[str, dict[str, dict[str, float | int]]]:
+        """p50, p90 and p99 of text, denoise and decode."""
+        return {
+            name: {stage: summary([row[stage] for row in rows]) for stage in rows[0]}
+            for name, rows in self.stages.items()
+        }
+
+    def step_summaries(self) -> dict[str, list[dict[str, float | int]]]:
+        """p50, p90 and p99 of each step over the rounds."""
+        return {name: [summary(times) for times in zip(*rows, strict=True)] for name, rows in self.steps.items()}
+
     def step_medians(self) -> dict[str, list[float]]:
         """Median of each step over the rounds."""
         return {name: np.median(np.array(rows), axis=0).tolist() for name, rows in self.steps.items()}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffpress.benchmarks import machine
+from diffpress.benchmarks import ceilings, machine
 from diffpress.benchmarks.latency import alternate, paired_ratio, summary
 from diffpress.calibration.capture import Call
 from diffpress.calibration.statistics import observe_inputs
@@ -36,7 +36,6 @@ from diffpress.plan import FULL, LayerQuant
 from diffpress.runtime.backends import open_session
 
 SIDE, TOKENS, WIDTH = 64, 77, 768
-CEILING = 2048  # rows, columns and depth of the products that measure the machine
 STANDARD, DIALECT = file_of(FULL), dialect_file_of(FULL)
 # graph, backend, precision of what is not quantized
 RUNS = {
@@ -121,20 +120,6 @@ def make(folder: Path) -> None:
             (folder / name / "done").touch()
 
 
-def ceilings() -> dict[str, Callable[[int], object]]:
-    """Large square matrix products by precision."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(CEILING, CEILING, generator=generator)
-    b = torch.randn(CEILING, CEILING, generator=generator)
-    integers = [(x * 20).clamp(-127, 127).to(torch.int8) for x in (a, b)]
-    halves = [x.bfloat16() for x in (a, b)]
-    return {
-        "int8": lambda _: torch._int_mm(*integers),
-        "bf16": lambda _: halves[0] @ halves[1],
-        "fp32": lambda _: a @ b,
-    }
-
-
 def measure(folder: Path, rounds: int, wanted: list[str]) -> dict[str, Any]:
     """Times of all runs, their ratios, and the ceilings in operations per second."""
     feeds = {name: value.numpy() for name, value in inputs(1).items()}
@@ -149,7 +134,6 @@ def measure(folder: Path, rounds: int, wanted: list[str]) -> dict[str, Any]:
             del session
         if calls:
             times |= alternate(calls, rounds)
-    products = alternate(ceilings(), rounds)
     rows = []
     for name, values in times.items():
         row: dict[str, Any] = {"name": name, **summary(values)}
@@ -157,13 +141,8 @@ def measure(folder: Path, rounds: int, wanted: list[str]) -> dict[str, Any]:
             if reference in times and reference != name:
                 row[key] = paired_ratio(times[reference], values)
         rows.append(row)
-    operations = 2 * CEILING**3
-    return {
-        "rows": rows,
-        "ceilings_tera_operations_per_s": {
-            name: operations / (float(np.median(values)) / 1000) / 1e12 for name, values in products.items()
-        },
-    }
+    peaks = ceilings.measure(("int8", "bf16", "fp32"), rounds=rounds).operations_per_s
+    return {"rows": rows, "ceilings_tera_operations_per_s": {name: rate / 1e12 for name, rate in peaks.items()}}
 
 
 def main() -> None:

@@ -184,5 +184,24 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(text.rstrip() for text in rows)
 
 
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What the table has no place for, a line each: how sure the speedup is, throughput, cold start, the roofline."""
+    low, high = report["speedup_interval"]["vs_eager"] or (None, None)
+    lines = [] if low is None else [f"speedup over diffusers: {low:.2f} to {high:.2f} (95 % interval)"]
+    rates = {row["batch"]: row["images_per_second"].get("compressed") for row in report["throughput"]}
+    known = ", ".join(f"{rate:.3g} at batch {batch}" for batch, rate in rates.items() if rate)
+    lines += [f"images per second: {known}"] if known else []
+    start = report["cold_start_ms"]
+    lines += [f"cold start: {milliseconds(start['compressed'])}, diffusers {milliseconds(start['reference_eager'])}"]
+    backend = report["backend"]
+    for row in report["roofline"]["images"]:
+        own = (row["candidate"], row["backend"], row["precision"])
+        if own == ("compressed", backend["name"], backend["precision"]) and row["share_of_ceiling"] is not None:
+            lines.append(
+                f"denoising runs at {row['share_of_ceiling']:.0%} of what this machine's arithmetic and memory allow"
+            )
+    return lines + [f"{name}: {metric['note']}" for name, metric in report["metrics"].items() if metric["note"]]
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"

@@ -6,14 +6,15 @@ its part and reads the others'. All other work runs in every process alike, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, str_to_bool
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(days=2)  # a process may wait for one that exports or builds for hours
@@ -34,6 +35,29 @@ def is_main() -> bool:
 def wait() -> None:
     """Until every process has come here."""
     _state().wait_for_everyone()
+
+
+def from_main(value: Item | None) -> Item:
+    """What the main process gives, in every process; the others' is not looked at."""
+    _state()
+    given: list[Any] = [value]
+    return broadcast_object_list(given)[0]  # type: ignore[no-any-return]
+
+
+def take_own_gpu(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Leave a launched process one GPU to see, its own, so that libraries other than torch do not all take the first.
+
+    Nothing where GPUs are not asked for or torch has begun to use them.
+    """
+    count, own = int(environment.get("WORLD_SIZE", 1)), int(environment.get("LOCAL_RANK", 0))
+    on_cpu = str_to_bool(environment.get("ACCELERATE_USE_CPU", "false"))
+    if count == 1 or on_cpu or torch.cuda.is_initialized():
+        return
+    seen = environment.get("CUDA_VISIBLE_DEVICES")
+    known = seen.split(",") if seen else [str(index) for index in range(own + 1)]
+    if own < len(known):
+        # To accelerate each is then the first process of a machine of its own; their ranks stay what they are.
+        environment |= {"CUDA_VISIBLE_DEVICES": known[own], "LOCAL_RANK": "0"}
 
 
 def make_missing(

@@ -22,6 +22,8 @@ from diffpress.errors import DiffpressError
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 KINDS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 KINDS |= {ir.DataType.INT8: "int8", ir.DataType.UINT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8"}
+# In what a backend computes and moves the floats of 32 bits that a graph holds, and bytes of each.
+FLOAT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 _SHAPING = ("Reshape", "Transpose", "Flatten", "Unsqueeze", "Squeeze", "Identity", "Cast")  # values stay what they are
 _BETWEEN = (*_SHAPING, "Mul", "Div", "Add")  # that attention may have between its first product and softmax
 
@@ -58,12 +60,13 @@ class Work:
         return self.weight_bytes + self.activation_bytes
 
 
-def count(source: Path | ir.Model, batch: int) -> Work:
+def count(source: Path | ir.Model, batch: int, precision: str = "fp32") -> Work:
     """Count a graph that runs with `batch` rows; a file's weights are not read.
 
-    Raises `DiffpressError` for a graph whose shapes cannot be inferred, or with control flow.
+    `precision` is what a backend makes of the graph's floats of 32 bits, one of FLOAT_BYTES. Raises `DiffpressError`
+    for a graph whose shapes cannot be inferred, or with control flow.
     """
-    found = tuple(products(source, batch))
+    found = tuple(products(source, batch, precision))
     flops = Counter[str]()
     for product in found:
         flops[product.kind] += product.flops
@@ -75,7 +78,7 @@ def count(source: Path | ir.Model, batch: int) -> Work:
     )
 
 
-def products(source: Path | ir.Model, batch: int) -> Iterable[Product]:
+def products(source: Path | ir.Model, batch: int, precision: str = "fp32") -> Iterable[Product]:
     """Every product of a graph, in order; see `count`."""
     model = _inferred(ir.load(source) if isinstance(source, Path) else source.clone(), batch)
     weighed: set[str] = set()  # a weight that two products share is read once
@@ -83,7 +86,7 @@ def products(source: Path | ir.Model, batch: int) -> Iterable[Product]:
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in _fields(node)):
             raise DiffpressError(f"node '{node.name}' ({node.op_type}) has graphs of its own: its work is not counted")
         if node.op_type in PRODUCTS and node.domain == "":
-            yield _product(node, weighed)
+            yield _product(node, weighed, precision)
 
 
 def _inferred(model: ir.Model, batch: int) -> ir.Model:
@@ -98,7 +101,7 @@ def _inferred(model: ir.Model, batch: int) -> ir.Model:
     return model
 
 
-def _product(node: ir.Node, weighed: set[str]) -> Product:
+def _product(node: ir.Node, weighed: set[str], precision: str) -> Product:
     left, right, output = node.inputs[0], node.inputs[1], node.outputs[0]
     assert left is not None and right is not None
     out = _sizes(output, node)
@@ -112,19 +115,20 @@ def _product(node: ir.Node, weighed: set[str]) -> Product:
     weights = moved = 0
     for value, weight in zip((left, right), stored, strict=True):
         if weight is None:
-            moved += 0 if _made_by_softmax(value) else _bytes(value, _grid(value), node)
+            moved += 0 if _made_by_softmax(value) else _bytes(value, _grid(value), node, precision)
         elif weight.name is not None and weight.name not in weighed:
             assert weight.const_value is not None
             weighed.add(weight.name)
-            weights += weight.const_value.nbytes
+            weights += _as_computed(weight.const_value.nbytes, weight.const_value.dtype, precision)
     if not (stored[0] is None and stored[1] is None and _feeds_softmax(output)):
-        moved += _bytes(output, output.dtype, node)
+        moved += _bytes(output, output.dtype, node, precision)
     kinds = {_grid(value) for value in (left, right)}
     # Both sides on the same grid of 8 bits: then the product is; else the types in the graph say it.
     grid = next(iter(kinds)) if len(kinds) == 1 else output.dtype
     kind = KINDS.get(grid or ir.DataType.FLOAT)
     if kind is None:
         raise DiffpressError(f"node '{node.name}' multiplies {grid}: its work is not counted")
+    kind = precision if kind == "fp32" else kind
     return Product(node.name or output.name or "", node.op_type, kind, 2 * prod(out) * depth, weights, moved)
 
 
@@ -162,8 +166,14 @@ def _feeds_softmax(value: ir.Value) -> bool:
     return users[0].op_type == "Softmax" or (users[0].op_type in _BETWEEN and _feeds_softmax(users[0].outputs[0]))
 
 
-def _bytes(value: ir.Value, kind: ir.DataType | None, node: ir.Node) -> int:
-    return int(prod(_sizes(value, node)) * (kind or ir.DataType.FLOAT).itemsize)
+def _bytes(value: ir.Value, kind: ir.DataType | None, node: ir.Node, precision: str) -> int:
+    kind = kind or ir.DataType.FLOAT
+    return _as_computed(int(prod(_sizes(value, node)) * kind.itemsize), kind, precision)
+
+
+def _as_computed(stored: int, kind: ir.DataType, precision: str) -> int:
+    """Bytes that move of `stored` ones of a type."""
+    return stored * FLOAT_BYTES[precision] // 4 if kind == ir.DataType.FLOAT else stored
 
 
 def _sizes(value: ir.Value, node: ir.Node) -> list[int]:

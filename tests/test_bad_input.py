@@ -76,6 +76,7 @@ def refused(capsys: Capture, *words: str | Path) -> str:
         (["bench", "b", "--against", "shapes"], "there is no bundle at b"),
         (["bench", "b", "--against", "shapes", "--images", "0"], "--images: 0 is less than 1"),
         (["bench", "b", "--against", "shapes", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["bench", "b", "--against", "shapes", "--save-images"], "expected one argument"),
         (["inspect", "b"], "there is no bundle at b"),
         (["inspect", "there"], "it has no diffpress.json"),
     ],
@@ -91,6 +92,41 @@ def test_what_is_wrong_is_seen_before_work_starts(
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
     before = tree(tmp_path)
     assert message in refused(capsys, *words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts", "empty.txt"], "prompts file empty.txt holds no prompts"),
+        (["--prompts", "two.txt", "--images", "5"], "two.txt holds 2 prompts, 5 images are asked for"),
+        (["--clip-model", "nowhere"], "--clip-model: there is no folder nowhere"),
+        (["--clip-model", "there"], "there is no CLIP that transformers saved"),
+        (["--lpips-weights", "nowhere.pth"], "--lpips-weights: there is no file nowhere.pth"),
+        (["--lpips-weights", "two.txt"], "two.txt cannot be read as weights"),
+        (["--inception", "two.txt"], "two.txt is no network of features"),
+        (["--save-images", "there"], "--save-images there exists and is not an empty folder"),
+    ],
+)
+def test_what_a_bench_cannot_judge_with_is_seen_before_it_begins(
+    words: list[str],
+    message: str,
+    handmade: Bundle,
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    from diffpress.calibration.model import digest
+
+    bundle.update(handmade, model={"source": "tiny", "digest": digest(str(tiny_pipeline))})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").write_text("mine")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "two.txt").write_text("a dog\na cat\n")
+    before = tree(tmp_path)
+    assert message in refused(capsys, "bench", handmade.path, "--against", tiny_pipeline, *words)
     assert tree(tmp_path) == before
 
 

@@ -72,9 +72,13 @@ class Judge:
         return torch.cat([head(tower(rows).pooler_output) for rows in ids.split(BATCH)]).numpy()
 
     def clip_score(self, images: np.ndarray, captions: Sequence[str]) -> float:
-        """Mean of 100 max(cos(image, caption), 0): CLIPScore of Hessel et al. (2021) without its factor 2.5."""
-        cosine = (normalised(self.features(images)) * normalised(self.caption_features(captions))).sum(axis=1)
-        return float(100 * np.clip(cosine, 0, None).mean())
+        """The mean of `clip_scores`."""
+        return float(self.clip_scores(self.features(images), captions).mean())
+
+    def clip_scores(self, features: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """100 max(cos(image, caption), 0) [N] of images' features: Hessel et al. (2021) without their factor 2.5."""
+        cosine = (normalised(features) * normalised(self.caption_features(captions))).sum(axis=1)
+        return np.asarray(100 * np.clip(cosine, 0, None))
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
@@ -109,6 +113,12 @@ def shares(marks: dict[str, np.ndarray]) -> dict[str, float | None]:
     """Share of confirmed attributes by kind, and `overall`: the colours and shapes of all objects together."""
     parts = {name: _share(values) for name, values in marks.items()}
     return {"overall": _share(np.concatenate([marks["colour"].ravel(), marks["shape"].ravel()])), **parts}
+
+
+def by_prompt(marks: dict[str, np.ndarray]) -> np.ndarray:
+    """What `overall` counts, by prompt: (confirmed, asked for) [N, 2]."""
+    rows = np.concatenate([marks["colour"], marks["shape"]], axis=1)
+    return np.stack([np.nansum(rows, axis=1), (~np.isnan(rows)).sum(axis=1)], axis=1)
 
 
 def _share(values: np.ndarray) -> float | None:

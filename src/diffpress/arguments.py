@@ -57,7 +57,9 @@ Not needed to run it: run unpacks a package beside itself, once.""",
     "bench": (
         "measure a bundle's speed and quality against its model",
         """  diffpress bench sd15/ --against ./stable-diffusion-v1-5 --images 50
-writes sd15/report/report.html: speed and quality side by side with diffusers and with the uncompressed export.""",
+writes sd15/report/report.html: speed and quality side by side with diffusers and with the uncompressed export.
+Interrupted, it goes on with the images it lacks. Metrics whose weights are not given are left out, never downloaded.
+Under 'accelerate launch' all processes draw.""",
     ),
     "inspect": (
         "show what is inside a bundle and whether it is whole",
@@ -154,8 +156,12 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = made["bench"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
     add("--against", required=True, metavar="MODEL", help="the model it was made from")
-    add("--images", type=_whole(1), default=200, metavar="N", help="for the quality figures (default: %(default)s)")
+    add("--images", type=_whole(1), metavar="N", help="for the quality figures (default: 200, or all of --prompts)")
     add("--prompts", type=Path, metavar="FILE", help="prompts to judge with, one a line (default: built in)")
+    add("--clip-model", type=Path, metavar="DIR", help="a CLIP for the CLIP score (or DIFFPRESS_CLIP_MODEL)")
+    add("--lpips-weights", type=Path, metavar="FILE", help="for LPIPS: AlexNet or VGG16 (or DIFFPRESS_LPIPS_WEIGHTS)")
+    add("--inception", type=Path, metavar="FILE", help="for the Fréchet distance (or DIFFPRESS_INCEPTION)")
+    add("--save-images", type=Path, metavar="DIR", help="keep all images and prompts here")
     add("--json", type=Path, metavar="FILE", help="write the figures here as well")
 
     add = made["inspect"].add_argument

@@ -33,7 +33,7 @@ EXTRAS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "modelopt": "modelopt",
-    "torchmetrics": "metrics",
+    **dict.fromkeys(("torchmetrics", "torch_fidelity"), "metrics"),
 }
 # Libraries that talk while they work; what they say is for --verbose.
 CHATTY = ("transformers", "diffusers", "huggingface_hub", "torch", "torch.onnx", "onnxscript", "onnx_ir", "accelerate")
@@ -279,8 +279,12 @@ def _bench(options: argparse.Namespace) -> None:
     if options.json:
         _check_file(options.json)
     bundle.load(options.bundle)
+    if options.save_images:
+        _check_writable(options.save_images)
     from diffpress.benchmarks import verdict
     from diffpress.benchmarks.bench import bench
+    from diffpress.benchmarks.networks import Networks
+    from diffpress.calibration import processes
 
     _hide_bars(options)
     report = bench(
@@ -290,10 +294,13 @@ def _bench(options: argparse.Namespace) -> None:
         json_file=options.json,
         quiet=options.quiet,
         prompts_file=options.prompts,
+        networks=Networks.load(options.clip_model, options.lpips_weights, options.inception),
+        save_images=options.save_images,
     )
-    if not options.quiet:
+    if not options.quiet and processes.is_main():
         found = verdict.verdict(report)
         print(found.headline, found.quality, found.rival_text, "", verdict.table(report), "", sep="\n")
+        print(*verdict.notes(report), "", sep="\n")
         print(f"report: {Path(options.bundle) / 'report' / 'report.html'}")
 
 

@@ -2,7 +2,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 
 from diffpress import bundle as bundles
 from diffpress.benchmarks import bench as module
-from diffpress.benchmarks import document, plain
+from diffpress.benchmarks import ceilings, document, drawing, memory, plain, prompts, roofline
 from diffpress.benchmarks.bench import bench
 from diffpress.benchmarks.candidates import Reference
+from diffpress.benchmarks.networks import Networks
 from diffpress.benchmarks.shapes.models import SCHEDULER
 from diffpress.bundle import Bundle
 from diffpress.compress import recipe as recipes
@@ -57,9 +60,16 @@ def faked(monkeypatch: pytest.MonkeyPatch, fake_candidate: Callable[..., Any]) -
     monkeypatch.setattr(backends, "available", lambda: [("openvino", "bf16")])
     monkeypatch.setattr(Pipeline, "load", load)
     monkeypatch.setattr(Reference, "load", lambda model, sampling, *_: fake_candidate(steps=sampling.steps))
+
+    def measured(candidates: dict[str, Bundle], pairs: dict[str, Any], quiet: bool) -> dict[str, Any]:
+        asked.append(({name: one.path.name for name, one in candidates.items()}, pairs))
+        return {"ceilings": {}, "graphs": [], "images": []}
+
     trials = [plain.Trial(4, 9.0, 0.9), plain.Trial(5, 11.0, 1.1)]
     monkeypatch.setattr(plain, "compare", lambda timings, pipelines, open_timed, *_: open_timed(4) and trials)
-    monkeypatch.setattr(module.memory, "peak_rss", lambda task: 1000 + ("against" in task))
+    parts = {"import": 1.0, "load": 2.0, "first_image": 4.0}
+    monkeypatch.setattr(memory, "fresh", lambda task: memory.Fresh(1000 + ("against" in task), None, parts))
+    monkeypatch.setattr(roofline, "measure", measured)
     yield asked
 
 
@@ -68,12 +78,28 @@ def check_keys(report: dict[str, Any]) -> None:
     for name in ("reference_eager", "uncompressed_export", "compressed"):
         assert set(report["latency"][name]) == LATENCY
         assert report["peak_rss_bytes"][name] > 0
+        assert report["cold_start_ms"][name] > 0 and report["peak_device_bytes"][name] is None
+        assert report["cold_start_ms"][name] == pytest.approx(sum(report["cold_start_parts_ms"][name].values()))
+        assert [set(row) for row in report["stage_latency"][name].values()] == [LATENCY] * 3
+        assert [set(row) for row in report["step_latency"][name]] == [LATENCY] * len(report["steps_ms"][name])
+        assert report["size_bytes"]["by_candidate"][name] > 0
     assert set(report["speedup"]) == {"vs_eager", "vs_eager_same_schedule", "vs_uncompressed_export"}
+    assert set(report["speedup_interval"]) == set(report["speedup"])
+    for name, ratio in report["speedup"].items():
+        low, high = report["speedup_interval"][name]
+        assert low <= ratio <= high
+    assert [row["batch"] for row in report["throughput"]] == [1, 2, 4, 8]
+    assert set(report["metrics"]) == {"lpips", "clip_score", "frechet"}
+    assert report["roofline"].keys() >= {"ceilings", "graphs", "images"}
     assert report["size_bytes"].keys() >= {"denoiser_reference", "denoiser_compressed", "bundle"}
     assert report["quality"].keys() >= {"images", "psnr_db", "ssim", "latent_rel_l2"}
     for name in ("clip_score", "attribute_accuracy", "frechet"):
         assert set(report["quality"][name]) == {"reference", "compressed"}
     assert report["fewer_plain_steps"].keys() >= {"steps", "latency_ms", "psnr_db", "attribute_accuracy", "schedule"}
+    if report["quality"]["images"] > 1 and not report["faults"]:
+        for name in ("psnr_db", "ssim", "latent_rel_l2"):
+            low, high = report["quality_interval"][name]
+            assert low <= report["quality"][name] + 1e-9 and report["quality"][name] <= high + 1e-9
     assert report.keys() >= {"sampling", "machine", "versions", "per_step", "stages_ms", "steps_ms", "backends_tried"}
     json.dumps(report, allow_nan=False)
 
@@ -91,6 +117,12 @@ def test_report_lands_in_the_bundle(
     assert report["fewer_plain_steps"]["psnr_db"] == pytest.approx(100)
     assert (report["fewer_plain_steps"]["steps"], report["fewer_plain_steps"]["latency_ms"]) == (4, 9.0)
     assert report["same_precision"]["precision"] == "bf16"
+    assert report["metrics"]["lpips"]["note"] and report["quality"]["lpips"] is None
+    where = {"compressed": "bundle", "uncompressed_export": "export"}
+    pairs = {"compressed": [("openvino", "bf16")], "uncompressed_export": [("openvino", "fp32"), ("openvino", "bf16")]}
+    assert (where, pairs) in faked
+    texts = prompts.choose(5, shapes=False).texts
+    assert not drawing.folder_of(opened, texts).exists()  # what an interrupted bench would have gone on with
     assert report["program"]["marks"] == "#--#--"
     assert json.loads(file.read_text()) == report
     # The plain rival runs in the compressed bundle's precision, the export of the table in FP32.
@@ -134,6 +166,64 @@ def test_broken_images_are_reported_not_raised(
     assert report["faults"][0] == "compressed, image 0: latents are NaN or infinite"
     assert report["quality"]["latent_rel_l2"] is None
     assert "images are broken" in (opened.path / "report" / "report.html").read_text()
+
+
+def test_an_interrupted_bench_draws_what_it_lacks(
+    opened: Bundle,
+    export: Path,
+    tiny_pipeline: Path,
+    faked: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_candidate: Callable[..., Any],
+) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("\n".join(f"prompt {index}" for index in range(40)))
+    texts = prompts.choose(None, False, file).texts
+    folder, drawn = drawing.folder_of(opened, texts), []
+    make = fake_candidate(steps=6)
+
+    def load(model: str, sampling: Any, *_: Any) -> Any:
+        def draw(prompts: list[str], seeds: list[int], *, keep_latents: bool = False) -> Any:
+            if keep_latents and len(seeds) == 16 and seeds[0] == 16 and not drawn:
+                drawn.append("stopped")
+                raise KeyboardInterrupt
+            drawn.extend(seeds if keep_latents and drawn else [])
+            return make(prompts, seeds, keep_latents=keep_latents)
+
+        return draw
+
+    monkeypatch.setattr(Reference, "load", load)
+    monkeypatch.setattr(plain, "compare", lambda *_: [plain.Trial(1, 20.0, 2.0)])  # no rival, which draws, too
+    arguments: dict[str, Any] = {"prompts_file": file, "quiet": True, "uncompressed": export}
+    with pytest.raises(KeyboardInterrupt):
+        bench(opened.path, str(tiny_pipeline), **arguments)
+    assert [path.name for path in folder.glob("reference_eager-*/*")] == ["000000.npz"]
+    report = bench(opened.path, str(tiny_pipeline), save_images=tmp_path / "images", **arguments)
+    assert drawn == ["stopped", *range(16, 40)]  # not the first 16 again
+    assert report["quality"]["images"] == 40 and report["per_step"]["images"] == 16 and not folder.exists()
+    assert report["reproduce"][1].endswith(f"--images 40 --prompts {file}")
+    lines = (tmp_path / "images" / "prompts.jsonl").read_text().splitlines()
+    assert len(lines) == 40 and json.loads(lines[39])["files"]["compressed"] == "compressed/00039.png"
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 40 + 40 + 16
+    with pytest.raises(DiffpressError, match="not an empty folder"):
+        bench(opened.path, str(tiny_pipeline), save_images=tmp_path / "images", **arguments)
+
+
+def test_networks_that_are_given_judge(opened: Bundle, export: Path, tiny_pipeline: Path, faked: list[Any]) -> None:
+    lpips: Any = SimpleNamespace(distances=lambda a, b: np.linspace(0.1, 0.3, len(a)))
+    clip: Any = SimpleNamespace(scores=lambda pixels, texts: pixels.mean(axis=(1, 2, 3)))
+    given = Networks(lpips=lpips, clip=clip, paths={"lpips": Path("a.pth"), "clip_score": Path("clip")})
+    report = bench(opened.path, str(tiny_pipeline), 3, quiet=True, uncompressed=export, networks=given)
+    check_keys(report)
+    assert report["quality"]["lpips"] == report["fewer_plain_steps"]["lpips"] == pytest.approx(0.2)
+    low, high = report["quality_interval"]["lpips"]
+    assert 0.1 <= low < 0.2 < high <= 0.3
+    score = report["quality"]["clip_score"]
+    assert score["compressed"] == pytest.approx(score["reference"] + 5)
+    assert report["quality_interval"]["clip_score"]["change"] == pytest.approx([5, 5])
+    assert report["metrics"]["lpips"] == {"by": "a.pth", "note": None} and report["metrics"]["frechet"]["note"]
+    assert report["reproduce"][1].endswith("--images 3 --lpips-weights a.pth --clip-model clip")
 
 
 def test_an_interrupted_bench_leaves_the_bundle_as_it_was(
@@ -220,11 +310,15 @@ def test_null_stands_for_what_json_does_not_know() -> None:
     }
 
 
-def test_a_real_bundle_draws_what_diffusers_draws(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_real_bundle_draws_what_diffusers_draws(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing faked: export without compression, judged against itself; the backend's rounding is all that differs."""
     from diffpress import api
 
     pytest.importorskip("openvino")
+    sizes = partial(ceilings.measure, size=128, moved=(1 << 18, 1 << 22), rounds=2)
+    monkeypatch.setattr(ceilings, "measure", sizes)
     made = api.compress(str(tiny_pipeline), "fp32", tmp_path / "bundle", steps=3, quiet=True)
     shutil.copytree(made.path, tmp_path / "plain")
     report = bench(made.path, str(tiny_pipeline), images=3, quiet=True, uncompressed=tmp_path / "plain")
@@ -234,5 +328,10 @@ def test_a_real_bundle_draws_what_diffusers_draws(tiny_pipeline: Path, tmp_path:
     assert all("p50_ms" in entry for entry in report["backends_tried"])
     assert report["peak_rss_bytes"]["reference_eager"] > report["peak_rss_bytes"]["compressed"] > 20_000_000
     assert np.isfinite(report["speedup"]["vs_eager"])
+    assert not any(row["refused"] for row in report["throughput"])
+    for row in report["roofline"]["graphs"]:
+        assert row["reason"] is None and row["operations"] > 1e6 and row["measured_seconds"] > 0, row
+    backends = {(row["backend"], row["precision"]) for row in report["roofline"]["images"]}
+    assert backends >= {(entry["backend"], entry["precision"]) for entry in report["backends_tried"]}
     trials = report["fewer_plain_steps"]["trials"]
     assert trials and report["fewer_plain_steps"]["schedule"] in plain.RIVALS

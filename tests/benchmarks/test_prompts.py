@@ -21,8 +21,13 @@ def test_other_models_draw_a_varied_list() -> None:
 def test_a_file_of_prompts(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a dog\n\n  a cat \n")
-    chosen = prompts.choose(3, shapes=True, file=file)
-    assert chosen.texts == ["a dog", "a cat", "a dog"] and chosen.scenes is None and chosen.source == str(file)
+    for count in (None, 2):
+        chosen = prompts.choose(count, shapes=True, file=file)
+        assert chosen.texts == ["a dog", "a cat"] and chosen.scenes is None and chosen.source == str(file)
+    assert prompts.choose(1, shapes=True, file=file).texts == ["a dog"]
+    with pytest.raises(DiffpressError, match=r"prompts\.txt holds 2 prompts, 3 images are asked for"):
+        prompts.choose(3, shapes=False, file=file)
+    assert len(prompts.choose(None, shapes=False).texts) == prompts.IMAGES
 
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from scipy import linalg
+from skimage import metrics
 
 from diffpress.benchmarks import quality
 
@@ -48,8 +50,12 @@ def test_ssim_equals_the_naive_one(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert min(found) > 0.1 and max(found) < 0.99
 
 
+def test_psnr_equals_scikit_image(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    expected = [metrics.peak_signal_noise_ratio(b, a, data_range=255) for a, b in zip(*pair, strict=True)]
+    assert quality.psnr(*pair) == pytest.approx(expected, abs=1e-9)
+
+
 def test_ssim_equals_scikit_image(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    metrics = pytest.importorskip("skimage.metrics")
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     expected = [metrics.structural_similarity(a, b, channel_axis=2, **settings) for a, b in zip(*pair, strict=True)]
     assert quality.ssim(*pair) == pytest.approx(expected, abs=1e-7)
@@ -90,6 +96,20 @@ def test_frechet_of_gaussians_whose_axes_differ() -> None:
     assert quality.gaussian_distance(zero, cov_a, zero, cov_b) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("dimensions", [5, 96])
+def test_frechet_equals_that_of_scipy_s_square_root(dimensions: int) -> None:
+    random = np.random.default_rng(5)
+    mixing = random.normal(size=(2, dimensions, dimensions)) / dimensions**0.5
+    rows = [
+        random.normal(size=(400, dimensions)) @ factor + shift for factor, shift in zip(mixing, (0, 0.3), strict=True)
+    ]
+    (mean_a, cov_a), (mean_b, cov_b) = ((one.mean(0), np.cov(one, rowvar=False)) for one in rows)
+    # As Heusel et al. write it, and as pytorch-fid computes it.
+    root = linalg.sqrtm(cov_a @ cov_b)
+    expected = np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b - 2 * root.real)
+    assert quality.frechet(*rows) == pytest.approx(expected, rel=1e-6)
+
+
 def test_frechet_of_features() -> None:
     rows = np.random.default_rng(3).normal(size=(200, 7)).astype(np.float32)
     assert quality.frechet(rows, rows) == pytest.approx(0, abs=1e-6)
@@ -109,3 +129,11 @@ def test_faults_are_named() -> None:
     assert quality.faults(pixels, latents) == []
     pixels[1], latents[2, 0, 0, 0] = 7, np.nan
     assert quality.faults(pixels, latents) == ["image 2: latents are NaN or infinite", "image 1: constant"]
+
+
+def test_one_colour_is_constant_and_a_shade_of_it_is_not() -> None:
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    pixels[:, ..., 0] = 255  # red: its channels differ, its places do not
+    pixels[1, 0, 0] += np.array([0, 1, 0], np.uint8)  # rounding
+    pixels[2, :4, :, 2] = 40
+    assert quality.faults(pixels) == ["image 0: constant", "image 1: constant"]

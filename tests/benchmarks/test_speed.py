@@ -16,6 +16,17 @@ def test_times_are_kept_by_candidate(fake_candidate: Callable[..., Any]) -> None
     assert timings.step_medians() == {"a": [3.0] * 3, "b": [3.0] * 2}
 
 
+def test_components_and_steps_have_percentiles() -> None:
+    stages = [{"text": 1.0, "denoise": float(value)} for value in range(1, 102)]
+    steps = [[float(value), 2.0 * value] for value in range(1, 102)]
+    timings = speed.Timings({"a": [1.0] * 101}, {"a": stages}, {"a": steps})
+    expected = {"p50_ms": 51, "p90_ms": 91, "p99_ms": 100, "runs": 101}
+    assert timings.stage_summaries()["a"]["denoise"] == expected
+    assert timings.stage_summaries()["a"]["text"]["p99_ms"] == 1
+    first, second = timings.step_summaries()["a"]
+    assert first == expected and second["p90_ms"] == 182
+
+
 def test_slow_candidates_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch, fake_candidate: Callable[..., Any]) -> None:
     monkeypatch.setattr(speed, "SECONDS", 1e-9)
     assert len(speed.time_all({"a": fake_candidate()}, ["x"], True, rounds=9).images["a"]) == 3

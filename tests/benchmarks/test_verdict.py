@@ -81,3 +81,18 @@ def test_size(count: float | None, text: str) -> None:
 )
 def test_milliseconds(value: float | None, text: str) -> None:
     assert verdict.milliseconds(value) == text
+
+
+def test_notes_are_short_and_leave_out_what_is_not_known(made_up_report: dict[str, Any]) -> None:
+    assert verdict.notes(made_up_report) == [
+        "speedup over diffusers: 6.80 to 7.20 (95 % interval)",
+        "images per second: 10 at batch 1",
+        "cold start: 1200 ms, diffusers 9000 ms",
+        "denoising runs at 25% of what this machine's arithmetic and memory allow",
+        "lpips: not measured, give --lpips-weights",
+    ]
+    made_up_report["speedup_interval"]["vs_eager"] = None
+    made_up_report["throughput"] = []
+    made_up_report["roofline"]["images"] = []
+    made_up_report["metrics"] = {}
+    assert verdict.notes(made_up_report) == ["cold start: 1200 ms, diffusers 9000 ms"]

@@ -62,6 +62,13 @@ def test_bytes_by_hand(layers: ir.Model) -> None:
     assert [product.op for product in work.products[:2]] == ["Conv", "Conv"]
 
 
+def test_floats_as_a_backend_computes_them(layers: ir.Model) -> None:
+    whole, half = flops.count(layers, 1), flops.count(layers, 1, "bf16")
+    assert half.flops == {"bf16": whole.operations}
+    assert (2 * half.weight_bytes, 2 * half.activation_bytes) == (whole.weight_bytes, whole.activation_bytes)
+    assert flops.count(layers, 1, "tf32").bytes == whole.bytes
+
+
 def test_a_graph_is_left_as_it_was(layers: ir.Model) -> None:
     before = [str(value.shape) for node in layers.graph for value in node.outputs]
     flops.count(layers, 3)
@@ -112,6 +119,10 @@ def test_formats_of_products(weight: str, inputs: str | None, kind: str, bits: i
     assert (conv.kind, linear.kind) == ("fp32", kind)
     assert linear.weight_bytes == 32 * 16 * bits // 8
     assert linear.activation_bytes == 16 * (16 * (1 if inputs else 4) + 32 * 4)
+    half = flops.count(model, 1, "bf16").products[1]
+    assert half.kind == ("bf16" if kind == "fp32" else kind)
+    assert half.weight_bytes == linear.weight_bytes  # what is in fewer bits stays so
+    assert half.activation_bytes == 16 * (16 * (1 if inputs else 2) + 32 * 2)
 
 
 def test_control_flow_is_refused() -> None:

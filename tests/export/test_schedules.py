@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffpress import api, inspection
+from diffpress.benchmarks import ceilings, memory
 from diffpress.benchmarks.bench import bench
 from diffpress.benchmarks.candidates import Reference, own_schedule
 from diffpress.bundle import Bundle
@@ -79,7 +80,9 @@ def test_a_report_compares_the_ends_of_different_schedules(
     # What takes long and knows no schedule, or is timed elsewhere.
     monkeypatch.setattr("diffpress.runtime.backends.available", lambda: [("onnxruntime", "fp32")])
     monkeypatch.setattr("diffpress.benchmarks.plain.compare", lambda *_: [])
-    monkeypatch.setattr("diffpress.benchmarks.memory.peak_rss", lambda _: 1)
+    start = memory.Fresh(1, None, {"import": 1.0, "load": 1.0, "first_image": 1.0})
+    monkeypatch.setattr(memory, "fresh", lambda _: start)
+    monkeypatch.setattr("diffpress.benchmarks.ceilings.measure", lambda kinds: ceilings.Ceilings({}, {0: 1.0}, ""))
     report = bench(karras.path, str(tiny_pipeline), images=2, quiet=True)
     assert report["per_step"]["latent_rel_l2"]["compressed"] is None
     assert len(report["per_step"]["latent_rel_l2"]["uncompressed_export"]) == 6
