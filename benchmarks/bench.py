@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,8 @@ from diffpress.benchmarks import (
 )
 from diffpress.benchmarks.candidates import COMPRESSED, PLAIN, REFERENCE, Drawn, Reference
 from diffpress.benchmarks.compared import Compared
+from diffpress.benchmarks.gates import gathered
+from diffpress.benchmarks.gates import judge as judge_gates
 from diffpress.benchmarks.networks import Networks
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
@@ -50,8 +52,12 @@ def bench(
     reference: Reference | None = None,
     networks: Networks | None = None,
     save_images: Path | None = None,
+    gates: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
+
+    It is judged by the gates of its recipe and those given, and marked as failed where one fails (`gates.check`
+    then raises); passing all of them takes the mark away, and where there are none it stays as it is.
 
     `images` None are as many as `prompts_file` has prompts, or `prompts.IMAGES`. `uncompressed` is a folder for the
     export without compression, made if absent and used if it fits; without one it is made in a temporary place.
@@ -63,6 +69,7 @@ def bench(
         raise DiffpressError(f"--images is {images}: at least 1 is needed")
     opened = bundles.load(bundle_path)
     check_model(opened, against)
+    limits = gathered(opened.manifest, gates)
     chosen = prompts.choose(images, _is_shapes(against), prompts_file)
     if save_images is not None:
         saved.check(save_images)
@@ -84,9 +91,10 @@ def bench(
             )
             given = {**({"--prompts": prompts_file} if prompts_file else {}), **networks.options()}
             texts = len(chosen.texts)
+            result |= judge_gates(result, limits)
             if compared.model_folder() is None:
                 result["model"]["hub"] = against
-            result["reproduce"] = document.commands(Path(bundle_path), against, texts, opened.manifest, given)
+            result["reproduce"] = document.commands(Path(bundle_path), against, texts, opened.manifest, given, limits)
             result = document.finite(result)
             assert result is not None
             text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -159,7 +167,12 @@ def judge(
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **document.subject(compared.bundle, sampling, own),
-        "prompts": {"source": judging.prompts.source, "count": len(texts), "seeds": f"0..{len(texts) - 1}"},
+        "prompts": {
+            "source": judging.prompts.source,
+            "count": len(texts),
+            "seeds": f"0..{len(texts) - 1}",
+            "digest": judging.prompts.digest,
+        },
         **found.entries,
         "size_bytes": document.sizes(compared.bundle, compared.export, compared.model_folder()),
         **document.quality(drawn, judging, distance, same_schedule=sampling == own),
@@ -208,4 +221,5 @@ def _into(bundle: Bundle, files: dict[str, str], result: dict[str, Any]) -> None
         for part in parts.values():
             part.unlink(missing_ok=True)
     measured = {key: result[key] for key in ("latency", "speedup", "quality")}
-    bundles.update(bundle, measured=measured, default_backend=result["backend"])
+    judged = {"gates": result["gates"], "failed": not result["passed"]} if result["gates"] else {}
+    bundles.update(bundle, measured=measured, default_backend=result["backend"], **judged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Prompts:
     texts: list[str]
     source: str
     scenes: list[Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the texts in their order: where it is the same, the same was asked for."""
+        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
 
 
 def choose(count: int | None, shapes: bool, file: Path | None = None) -> Prompts:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.benchmarks import capacity, details, sections, verdict
+from diffpress.benchmarks import capacity, details, gates, sections, verdict
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE
-from diffpress.benchmarks.markup import DASH, TIMES, between, scrolling
+from diffpress.benchmarks.markup import DASH, TIMES, between
 from diffpress.benchmarks.pictures import DIFFERENCE_GAIN, LOSSLESS_SIDE, data_uri, difference
 from diffpress.benchmarks.verdict import milliseconds, size
 
@@ -43,7 +43,7 @@ def render(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         "quality": escape(found.quality),
         "tiles": _tiles(report),
         "faults": _faults(report["faults"]),
-        "gates": _gates(report),
+        "gates": gates.section(report),
         "rival": found.rival,
         "rival_text": escape(found.rival_text),
         **sections.trade_off(report),
@@ -106,25 +106,6 @@ def _faults(faults: Sequence[str]) -> str:
     shown = "".join(f"<li>{escape(line)}</li>" for line in faults[:10])
     more = f"<p>and {len(faults) - 10} more</p>" if len(faults) > 10 else ""
     return f'<aside class="fault"><h3>Broken images</h3><ul>{shown}</ul>{more}</aside>'
-
-
-def _gates(report: Mapping[str, Any]) -> str:
-    """What the bundle had to reach, where gates were set."""
-    found = report.get("gates") or []
-    if not found:
-        return ""
-    failed = [gate for gate in found if not gate["passed"]]
-    rows = [
-        [
-            escape(gate["gate"]),
-            DASH if gate["measured"] is None else f"{gate['measured']:.4g}{escape(gate.get('unit', ''))}",
-            "passed" if gate["passed"] else '<b class="bad">failed</b>',
-        ]
-        for gate in found
-    ]
-    title = f"{len(failed)} of {len(found)} gates failed" if failed else "Every gate passed"
-    mark = " failed" if failed else ""
-    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "measured", ""], rows)}</aside>'
 
 
 def _pictures(report: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, str]:

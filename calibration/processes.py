@@ -32,6 +32,11 @@ def is_main() -> bool:
     return bool(_state().is_main_process)
 
 
+def count() -> int:
+    """How many processes there are."""
+    return int(_state().num_processes)
+
+
 def wait() -> None:
     """Until every process has come here."""
     _state().wait_for_everyone()

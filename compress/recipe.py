@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from diffpress import gates
 from diffpress.calibration.lora import LCM_GUIDANCE, LCM_STEPS, Lora
 from diffpress.calibration.sets import Method
 from diffpress.compress.cache.budget import CacheBudgetPass
@@ -98,6 +99,7 @@ class Recipe(BaseModel):
     lora: tuple[Lora, ...] = ()  # fused before anything else: they are part of what is compressed and compared with
     controlnet: bool = False  # ship the denoiser a second time, with inputs for a ControlNet's residuals
     passes: tuple[str | dict[str, Any], ...] = ()
+    gates: tuple[str, ...] = ()  # what the bundle has to reach, such as "speedup >= 3"; see `diffpress.gates`
 
     @model_validator(mode="before")
     @classmethod
@@ -127,6 +129,8 @@ class Recipe(BaseModel):
     def built(self) -> list[tuple[str, Pass]]:
         """The passes in order, validated; raises `DiffpressError` naming the key that is wrong."""
         passes = [_build(entry) for entry in self.passes]
+        for text in self.gates:
+            gates.parse(text)
         # Each pass would find out by itself, but only after those before it have worked.
         if SCHEDULE in [name for name, _ in passes[1:]]:
             raise DiffpressError(f"recipe: '{SCHEDULE}' has to be the first pass: the others are bound to the schedule")
@@ -207,6 +211,13 @@ def with_loras(recipe: Recipe, loras: Sequence[Lora]) -> Recipe:
     """`recipe` with other LoRAs fused before its own; raises `DiffpressError` where it then contradicts itself."""
     said = recipe.model_dump(include=recipe.model_fields_set)
     changed = Recipe.model_validate({**said, "lora": (*loras, *recipe.lora)})
+    changed.built()
+    return changed
+
+
+def with_gates(recipe: Recipe, more: Sequence[str]) -> Recipe:
+    """`recipe` with further gates after its own; raises `DiffpressError` for one that is none."""
+    changed = recipe.model_copy(update={"gates": tuple(dict.fromkeys((*recipe.gates, *more)))})
     changed.built()
     return changed
 

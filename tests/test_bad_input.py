@@ -77,6 +77,15 @@ def refused(capsys: Capture, *words: str | Path) -> str:
         (["bench", "b", "--against", "shapes", "--images", "0"], "--images: 0 is less than 1"),
         (["bench", "b", "--against", "shapes", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (["bench", "b", "--against", "shapes", "--save-images"], "expected one argument"),
+        (["bench", "b", "--against", "shapes", "--gate", "beauty > 1"], "nothing measures 'beauty'; metrics: speedup,"),
+        (["compress", "shapes", "--recipe", "int8", "--output", "b", "--gate", "speedup 3"], "gate 'speedup 3' is not"),
+        (["compress", "shapes", "--recipe", "bad.yaml", "--output", "b"], "gate 'clip >= high' is not understood"),
+        (["compare"], "required: RUN"),
+        (["compare", "there"], "two runs or more"),
+        (["compare", "there", "b"], "there is not a bundle"),
+        (["compare", "b", "c"], "b is neither a bundle nor a report"),
+        (["compare", "b", "c", "--html", "nowhere/x.html"], "there is no folder nowhere"),
+        (["compare", "b", "c", "--json", "folder.png"], "folder.png is a folder"),
         (["inspect", "b"], "there is no bundle at b"),
         (["inspect", "there"], "it has no diffpress.json"),
     ],
@@ -89,6 +98,7 @@ def test_what_is_wrong_is_seen_before_work_starts(
     (tmp_path / "there/file").write_text("mine")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "bad.yaml").write_text("gates: [clip >= high]\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
     before = tree(tmp_path)
     assert message in refused(capsys, *words)

@@ -1,7 +1,9 @@
 import errno
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,17 +59,19 @@ def test_every_command_has_its_function() -> None:
     assert cli.COMMANDS.keys() == arguments.TEACHING.keys()
 
 
-def test_the_readme_line_of_compress_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_readme_line_of_compress_is_understood(
+    handmade: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(api, "compress", lambda *args, **fields: seen.update(fields, args=args))
+    monkeypatch.setattr(api, "compress", lambda *args, **fields: seen.update(fields, args=args) or handmade)
     monkeypatch.setattr("diffpress.engines.preflight.check_targets", lambda targets: None)
     (tmp_path / "p.txt").write_text("a red circle\n")
     output, targets = tmp_path / "out", ["--target", "sm89", "--target", "sm120"]
     words = ["compress", "shapes", "--recipe", "balanced", "--output", str(output), "--quiet", *targets]
     assert cli.main([*words, "--steps", "5", "--seed", "3", "--prompts", str(tmp_path / "p.txt")]) == 0
     assert seen.pop("args") == ("shapes", "balanced", output)
-    targets = ["sm89", "sm120"]
-    assert seen == {"prompts": tmp_path / "p.txt", "steps": 5, "seed": 3, "targets": targets, "quiet": True}
+    given = {"prompts": tmp_path / "p.txt", "steps": 5, "seed": 3, "targets": ["sm89", "sm120"]}
+    assert seen == {**given, "gates": [], "quiet": True}
 
 
 def test_compress_ends_with_a_line_per_pass_and_the_next_commands(
@@ -163,6 +167,143 @@ def test_what_cannot_be_built_is_refused_in_one_line(
     assert cli.main(["build", str(handmade.path), "--target", "sm89", *words]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not handmade.file("engines").exists()
+
+
+@pytest.fixture
+def benched(handmade: Bundle, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands for `bench`: gives the committed demo's report, judged; collects how it was called."""
+    from diffpress.benchmarks import gates
+
+    calls: list[dict[str, Any]] = []
+
+    def fake(place: Path, **fields: Any) -> dict[str, Any]:
+        calls.append(fields)
+        report = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+        return report | gates.judge(report, gates.gathered(bundle.read(place).manifest, fields.get("gates", ())))
+
+    monkeypatch.setattr("diffpress.benchmarks.bench.bench", fake)
+    return calls
+
+
+def test_bench_exits_with_3_where_a_gate_fails(
+    handmade: Bundle, benched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", str(handmade.path), "--against", "shapes", "--images", "7", "--gate", "psnr >= 30"]
+    assert cli.main(words) == 0
+    assert "passed  psnr >= 30  measured 44." in capsys.readouterr().out
+    assert benched[0]["images"] == 7 and benched[0]["gates"] == ["psnr >= 30"]
+    words += ["--gate", "speedup >= 99.5", "--gate", "lpips <= 0.1"]
+    assert cli.main(words) == 3
+    out, err = capsys.readouterr()
+    assert [line[:6] for line in out.splitlines() if ">=" in line or "<=" in line] == ["passed", "FAILED", "FAILED"]
+    assert out.splitlines()[-1].startswith("report: ")
+    assert re.fullmatch(
+        r"diffpress: error: balanced failed 2 of 3 gates: speedup >= 99.5 \(measured 9\.\d+\); lpips <= 0.1 "
+        r"\(not measured: no weights of LPIPS were there\); it is kept, and marked as failed\n",
+        err,
+    )
+    assert cli.main([*words, "--quiet"]) == 3
+    assert capsys.readouterr() == ("", err)
+
+
+@pytest.mark.parametrize(("gate", "code"), [("speedup >= 5", 0), ("speedup >= 50", 3)])
+def test_compress_judges_the_gates_of_the_recipe_and_its_own(
+    gate: str,
+    code: int,
+    handmade: Bundle,
+    benched: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def compress(*_: Any, gates: list[str], **__: Any) -> Bundle:
+        recipe = {"name": "mine", "gates": ["psnr >= 40", *gates]}
+        return bundle.update(handmade, recipe=recipe)
+
+    monkeypatch.setattr(api, "compress", compress)
+    monkeypatch.setattr(bundle, "refuse_existing", lambda path: None)
+    words = ["compress", "shapes", "--recipe", "mine.yaml", "--output", str(handmade.path), "--gate", gate]
+    assert cli.main([*words, "--images", "9"]) == code
+    out, err = capsys.readouterr()
+    assert benched == [{"against": "shapes", "images": 9, "quiet": False}]
+    assert out.index("diffpress run") < out.index("passed  psnr >= 40") and f"  {gate}" in out
+    assert err == "" or "failed 1 of 2 gates: speedup >= 50 (measured 9." in err
+
+
+def test_compress_without_gates_measures_nothing(
+    handmade: Bundle, benched: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(api, "compress", lambda *_, **__: handmade)
+    assert cli.main(["compress", "shapes", "--recipe", "int8", "--output", str(tmp_path / "b"), "--quiet"]) == 0
+    assert benched == []
+
+
+def test_several_processes_do_not_pass_gates_unjudged(
+    handmade: Bundle,
+    benched: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    made = bundle.update(handmade, recipe={"name": "mine", "gates": ["psnr >= 40"]})
+    monkeypatch.setattr(api, "compress", lambda *_, **__: made)
+    monkeypatch.setattr("diffpress.calibration.processes.count", lambda: 2)
+    assert cli.main(["compress", "shapes", "--recipe", "int8", "--output", str(tmp_path / "b"), "--quiet"]) == 2
+    assert "not judged by its gates" in capsys.readouterr().err and benched == []
+
+
+def test_a_bundle_that_failed_is_used_with_a_warning(
+    handmade: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"gate": "speedup >= 3", "measured": 2.4, "limit": 3.0, "unit": "", "passed": False}
+    bundle.update(handmade, gates=[entry], failed=True)
+    told = "failed its gates: speedup >= 3 (measured 2.4)\n"
+    drawing = ["a red circle", "-o", str(tmp_path / "x.png"), "--quiet"]
+    commands = [
+        ["run", str(handmade.path), *drawing],
+        ["pack", str(handmade.path), "--target", "cpu", "-o", str(tmp_path / "box.tar"), "--quiet"],
+        ["run", str(tmp_path / "box.tar"), *drawing],  # a package keeps the mark
+    ]
+    if importlib.util.find_spec("tensorrt_rtx"):
+        commands.append(["build", str(handmade.path), "--target", "sm89", "--quiet"])
+    for words in commands:
+        assert cli.main(words) == 0
+        err = capsys.readouterr().err
+        assert err.startswith("diffpress: warning: ") and err.endswith(told) and err.count("\n") == 1, words
+    bundle.update(bundle.read(handmade.path), failed=False)
+    assert cli.main(commands[0]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_compare_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = ROOT / "benchmarks/results/demo.json"
+    report = json.loads(demo.read_text())
+    (tmp_path / "b.json").write_text(json.dumps(report | {"bundle": "another"}))
+    files = [str(demo), str(tmp_path / "b.json")]
+    more = ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
+    assert cli.main(["compare", *files, *more]) == 0
+    assert "another" in capsys.readouterr().out
+    assert [run["name"] for run in json.loads((tmp_path / "out.json").read_text())["runs"]] == ["balanced", "another"]
+    assert "<svg" in (tmp_path / "out.html").read_text()
+    assert cli.main(["compare", *files, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    (tmp_path / "b.json").write_text(json.dumps(report | {"prompts": report["prompts"] | {"count": 200}}))
+    assert cli.main(["compare", *files]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "was judged on 200 images" in err and err.count("\n") == 1
+
+
+def test_comparing_loads_no_torch(tmp_path: Path) -> None:
+    demo = ROOT / "benchmarks/results/demo.json"
+    shutil.copy(demo, tmp_path / "b.json")
+    script = (
+        "import sys\n"
+        "from diffpress.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        f"assert not [name for name in {HEAVY} if name in sys.modules]\n"
+        "sys.exit(code)\n"
+    )
+    done = process(script, "compare", demo, tmp_path / "b.json", "--quiet", "--html", tmp_path / "x.html")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_inspect_shows_text_and_data(handmade: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

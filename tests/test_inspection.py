@@ -89,6 +89,22 @@ def test_the_text_shows_it_all(handmade: Bundle) -> None:
     assert all(line == line.rstrip() and len(line) <= 150 for line in text.splitlines())
 
 
+def test_gates_are_shown_with_what_they_came_to(handmade: Bundle) -> None:
+    assert "gate" not in inspection.as_text(inspection.inspect(handmade.path))
+    passed = {"gate": "ssim >= 0.9", "measured": 0.95, "limit": 0.9, "unit": "", "passed": True}
+    failed = {"gate": "speedup >= 3", "measured": 2.4, "limit": 3.0, "unit": "", "passed": False}
+    bundle.update(handmade, gates=[passed, failed], failed=True)
+    seen = inspection.inspect(handmade.path)
+    assert (seen["gates"], seen["failed"]) == ([passed, failed], True)
+    lines = inspection.as_text(seen).splitlines()
+    assert "gate          passed  ssim >= 0.9 (measured 0.95)" in lines
+    assert "gate          FAILED  speedup >= 3 (measured 2.4)" in lines
+    assert "failed        this bundle does not do what its gates ask" in lines
+    bundle.update(handmade, gates=[passed], failed=False)
+    text = inspection.as_text(inspection.inspect(handmade.path))
+    assert "passed  ssim" in text and "failed" not in text.lower()
+
+
 def test_a_long_program_is_drawn_in_rows(handmade: Bundle) -> None:
     program = {**handmade.manifest["program"], "steps": ["full", "cached"] * 60}
     edit(handmade, program=program)

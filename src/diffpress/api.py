@@ -43,13 +43,15 @@ def compress(
     seed: int = 0,
     targets: Sequence[str] = (),
     loras: Sequence[Lora] = (),
+    gates: Sequence[str] = (),
     quiet: bool = False,
 ) -> Bundle:
     """Compress `model` by `recipe` and write the bundle `output`; with `targets`, build their engines too.
 
     `model` is a diffusers folder, a hub id or "shapes"; `recipe` a preset's name or a YAML file; `prompts` a text file
     for calibration, a prompt a line; `steps` those of the model's own scheduler, the recipe's if absent; `loras` are
-    fused before the recipe's own. Raises `DiffpressError` and leaves nothing behind when something is wrong.
+    fused before the recipe's own; `gates` are kept beside the recipe's own, for `bench` to judge. Raises
+    `DiffpressError` and leaves nothing behind when something is wrong.
 
     Under `accelerate launch` every process calls this; they share calibration and measuring, and the first writes.
     """
@@ -68,6 +70,7 @@ def compress(
     chosen = recipes.load(recipe)
     if loras:
         chosen = recipes.with_loras(chosen, loras)
+    chosen = recipes.with_gates(chosen, gates)
     bundles.refuse_existing(Path(output))
     given = None if prompts is None else prompt_lists.read(prompts)
     if targets:
@@ -166,7 +169,8 @@ def begin(
         return record(pipeline, fingerprint, work.sampling, chosen, seed, progress, execution)
 
     # Everything that a pass's unfinished work depends on; a schedule of its own is added by `Work.follow`.
-    key = json.dumps([fingerprint, recipes.as_json(recipe), sampling.to_json(), texts, seed, diffpress.__version__])
+    asked = {**recipes.as_json(recipe), "gates": ()}  # they judge the work, and change nothing in it
+    key = json.dumps([fingerprint, asked, sampling.to_json(), texts, seed, diffpress.__version__])
     scratch = cache_root() / "unfinished" / hashlib.sha256(key.encode()).hexdigest()[:24]
     work = Work(pipeline, sampling, seed, recorder, progress, scratch, model=fingerprint)
     work.trajectories = _trajectories(work, texts)

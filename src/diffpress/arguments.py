@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffpress import __version__
+from diffpress import __version__, gates
 from diffpress.errors import DiffpressError
 
 Command = Callable[[argparse.Namespace], None]
@@ -26,7 +26,8 @@ TEACHING = {
         "compress a pipeline into a bundle",
         """  diffpress compress ./stable-diffusion-v1-5 --recipe balanced --output sd15/
 makes sd15/: INT8 graphs, cached steps and everything that 'diffpress run' needs. Recipes: fp32 (export only), int8,
-cache, balanced, or a YAML file of your own. With --target sm89 the engines for that GPU are built as well.""",
+cache, balanced, or a YAML file of your own. With --target sm89 the engines for that GPU are built as well.
+--gate "speedup >= 3" --gate "clip >= -0.2%" measures the bundle afterwards; one that fails exits with code 3.""",
     ),
     "build": (
         "build a bundle's TensorRT engines, without a GPU",
@@ -59,7 +60,14 @@ Not needed to run it: run unpacks a package beside itself, once.""",
         """  diffpress bench sd15/ --against ./stable-diffusion-v1-5 --images 50
 writes sd15/report/report.html: speed and quality side by side with diffusers and with the uncompressed export.
 Interrupted, it goes on with the images it lacks. Metrics whose weights are not given are left out, never downloaded.
-Under 'accelerate launch' all processes draw.""",
+Under 'accelerate launch' all processes draw. With --gate "attribute_accuracy >= -1pt" it exits with code 3 where that
+does not hold: pt are percentage points and % percent, against the model; a plain number is the figure itself.""",
+    ),
+    "compare": (
+        "show bundles that were measured side by side",
+        """  diffpress compare sd15-int8/ sd15-fast/ --html compare.html
+prints speed, sizes, quality and gates of each, from its report. Takes bundles and report.json files of one model, the
+same prompts and the same reference; where their machines differ it shows ratios and no times.""",
     ),
     "inspect": (
         "show what is inside a bundle and whether it is whole",
@@ -114,6 +122,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--steps", type=_whole(1), metavar="N", help="steps of the model's own scheduler (default: the recipe's)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the calibration images (default: 0)")
     add("--target", action="append", default=[], metavar="GPU", help="build engines for it, too; may be repeated")
+    _add_gates(add, "images that gates are judged on (default: 200)")
 
     add = made["build"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
@@ -156,13 +165,18 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = made["bench"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
     add("--against", required=True, metavar="MODEL", help="the model it was made from")
-    add("--images", type=_whole(1), metavar="N", help="for the quality figures (default: 200, or all of --prompts)")
+    _add_gates(add, "for the quality figures (default: 200, or all of --prompts)")
     add("--prompts", type=Path, metavar="FILE", help="prompts to judge with, one a line (default: built in)")
     add("--clip-model", type=Path, metavar="DIR", help="a CLIP for the CLIP score (or DIFFPRESS_CLIP_MODEL)")
     add("--lpips-weights", type=Path, metavar="FILE", help="for LPIPS: AlexNet or VGG16 (or DIFFPRESS_LPIPS_WEIGHTS)")
     add("--inception", type=Path, metavar="FILE", help="for the Fréchet distance (or DIFFPRESS_INCEPTION)")
     add("--save-images", type=Path, metavar="DIR", help="keep all images and prompts here")
     add("--json", type=Path, metavar="FILE", help="write the figures here as well")
+
+    add = made["compare"].add_argument
+    add("runs", metavar="RUN", nargs="+", help="a bundle that was measured, or a report.json; two or more")
+    add("--json", type=Path, metavar="FILE", help="write what is shown as data")
+    add("--html", type=Path, metavar="FILE", help="write a page with a plot of quality against speed")
 
     add = made["inspect"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)
@@ -172,6 +186,25 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = made["demo"].add_argument
     add("--output", type=Path, metavar="DIR", help="default: ./diffpress-demo, or the next number that is free")
     return top
+
+
+def _add_gates(add: Callable[..., object], images: str) -> None:
+    """The options of what measures a bundle; `images` says what their number is for."""
+    add("--images", type=_whole(1), metavar="N", help=images)
+    add(
+        "--gate",
+        type=_gate,
+        action="append",
+        default=[],
+        metavar="GATE",
+        help="'speedup >= 3', 'clip >= -0.2%%', ...; may be repeated, and adds to the recipe's",
+    )
+
+
+def _gate(text: str) -> str:
+    """An argument type: a gate, as it was written."""
+    gates.parse(text)
+    return text
 
 
 def _grown(text: str) -> tuple[int, ...]:

@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffpress import arguments, bundle, errors
+from diffpress import arguments, bundle, errors, gates
 
 if TYPE_CHECKING:
     from diffpress.engines.memory import MemoryPlan
@@ -40,7 +40,7 @@ CHATTY = ("transformers", "diffusers", "huggingface_hub", "torch", "torch.onnx",
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for what the user can mend, 1 for a bug of ours."""
+    """Run a command and return its exit code: 0, 2 for what the user can mend, 3 for a failed gate, 1 for our bugs."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         options = arguments.parser(COMMANDS).parse_args(words)
@@ -152,25 +152,41 @@ def _compress(options: argparse.Namespace) -> None:
         steps=options.steps,
         seed=options.seed,
         targets=options.target,
+        gates=options.gate,
         quiet=options.quiet,
     )
     from diffpress.calibration import processes
 
-    if options.quiet or not processes.is_main():
+    if not processes.is_main():
         return
+    if not options.quiet:
+        _show_made(made, options.output, options.model)
+    if not made.manifest["recipe"].get("gates"):
+        return
+    if processes.count() > 1:
+        raise errors.DiffpressError(
+            f"{options.output} is made, but not judged by its gates, which one process does: diffpress bench "
+            f"{shlex.quote(str(options.output))} --against {shlex.quote(options.model)}"
+        )
+    _measure(options.output, options.model, options.images, options.quiet)
+
+
+def _show_made(made: bundle.Bundle, output: Path, source: str) -> None:
+    """What became of the passes, and the next commands."""
     from diffpress import inspection
 
     for line in (*inspection.pass_lines(made.manifest), *inspection.refused_lines(made.manifest)):
         print(line)
-    place, model = shlex.quote(str(options.output)), shlex.quote(options.model)
+    place, model = shlex.quote(str(output)), shlex.quote(source)
     print(f"\n{made.path}: {inspection.size_line(made)}\nnext:")
     print(f'  diffpress run {place} "a prompt of yours" -o out.png')
     print(f"  diffpress bench {place} --against {model}")
-    print(f"  diffpress inspect {place}")
+    print(f"  diffpress inspect {place}", flush=True)
 
 
 def _build(options: argparse.Namespace) -> None:
     opened = bundle.read(options.bundle)
+    _warn_failed(opened)
     from diffpress.export import engines
 
     planned: list[str] = []
@@ -215,6 +231,7 @@ def _run(options: argparse.Namespace) -> None:
         mask = None if options.mask is None else open_picture(options.mask)
         source = Source(open_picture(options.image), options.strength, mask)
     opened = package.opened(options.bundle, options.backend, not options.quiet, options.fallback)
+    _warn_failed(opened)
     pipeline = Pipeline.load(opened, options.backend, options.precision, options.threads, fallback=options.fallback)
     if pipeline.note:
         print(f"diffpress: warning: {pipeline.note}: {pipeline.backend} runs it instead", file=sys.stderr)
@@ -249,6 +266,7 @@ def _pack(options: argparse.Namespace) -> None:
     pack.check_output(options.output)
     _check_file(options.output)
     opened = bundle.read(options.bundle)
+    _warn_failed(opened)
     targets = [name if name == pack.CPU else generation(name) for name in options.target]
     chosen = {"image_to_image": options.image_to_image, "graphs": options.graphs, "progress": not options.quiet}
     made = pack.pack(opened, targets, options.output, **chosen, prepare=_prepare)
@@ -281,27 +299,59 @@ def _bench(options: argparse.Namespace) -> None:
     bundle.load(options.bundle)
     if options.save_images:
         _check_writable(options.save_images)
-    from diffpress.benchmarks import verdict
-    from diffpress.benchmarks.bench import bench
     from diffpress.benchmarks.networks import Networks
-    from diffpress.calibration import processes
 
     _hide_bars(options)
-    report = bench(
+    _measure(
         options.bundle,
-        against=options.against,
-        images=options.images,
+        options.against,
+        options.images,
+        options.quiet,
         json_file=options.json,
-        quiet=options.quiet,
         prompts_file=options.prompts,
+        gates=options.gate,
         networks=Networks.load(options.clip_model, options.lpips_weights, options.inception),
         save_images=options.save_images,
     )
-    if not options.quiet and processes.is_main():
+
+
+def _measure(place: str | Path, against: str, images: int | None, quiet: bool, **more: Any) -> None:
+    """Bench a bundle and show what came out; raises `GateError` where a gate failed."""
+    from diffpress.benchmarks import gates as judged
+    from diffpress.benchmarks import verdict
+    from diffpress.benchmarks.bench import bench
+    from diffpress.calibration import processes
+
+    report = bench(place, against=against, images=images, quiet=quiet, **more)
+    if not processes.is_main():
+        return
+    if not quiet:
         found = verdict.verdict(report)
         print(found.headline, found.quality, found.rival_text, "", verdict.table(report), "", sep="\n")
-        print(*verdict.notes(report), "", sep="\n")
-        print(f"report: {Path(options.bundle) / 'report' / 'report.html'}")
+        print(*verdict.notes(report), *judged.lines(report), "", sep="\n")
+        print(f"report: {Path(place) / 'report' / 'report.html'}", flush=True)
+    judged.check(report)
+
+
+def _warn_failed(opened: bundle.Bundle) -> None:
+    """One line where a bundle is marked as failed: it may be used, but nobody should do so unknowingly."""
+    if failed := gates.failures(opened.manifest):
+        print(f"diffpress: warning: {opened.path} failed its gates: {failed}", file=sys.stderr)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    for file in (options.json, options.html):
+        if file:
+            _check_file(file)
+    from diffpress.benchmarks import compare, compare_page
+
+    found = compare.compare(options.runs)
+    if options.json:
+        options.json.write_text(compare.as_json(found), "utf-8")
+    if options.html:
+        options.html.write_text(compare_page.render(found), "utf-8")
+    if not options.quiet:
+        print(compare.as_text(found))
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -363,6 +413,7 @@ COMMANDS: dict[str, arguments.Command] = {
     "pack": _pack,
     "unpack": _unpack,
     "bench": _bench,
+    "compare": _compare,
     "inspect": _inspect,
     "demo": _demo,
 }

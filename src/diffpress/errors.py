@@ -12,6 +12,12 @@ class DiffpressError(Exception):
     exit_code = 2
 
 
+class GateError(DiffpressError):
+    """A bundle misses what a gate asks of it; nothing went wrong with the command."""
+
+    exit_code = 3
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say which extra brings it: `require("openvino", "cpu", "run on OpenVINO")`."""
     try:

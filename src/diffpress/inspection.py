@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from diffpress import bundle as bundles
+from diffpress import gates
 from diffpress.bundle import MANIFEST, Bundle
 from diffpress.errors import DiffpressError
 from diffpress.plan import Corrections, Plan, Sampling, StepProgram, listed
 from diffpress.segments import CALLS_LEGEND, GUIDANCE_LEGEND, LEGEND, calls_row, described, segments
 
 COPIED = ("diffpress", "created", "versions", "model", "recipe", "seed", "passes", "latent", "text", "features")
+LATER = ("measured", "default_backend", "gates", "failed", "parity", "lint", "memory")
 LAYERS = "layers.json"  # in the plan's folder
 MARKS_A_LINE = 50
 LABEL = 14  # columns
@@ -35,7 +37,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     planless = "package" in manifest  # what a target runs is in its graphs; the plan stays behind
     seen["quantization"] = None if planless else _attempt(found, "the plan", lambda: _quantization(bundle))
     seen["sizes"] = {**manifest.get("sizes", {}), **_sizes(bundle)}
-    seen |= {name: manifest.get(name) for name in ("measured", "default_backend", "parity", "lint", "memory")}
+    seen |= {name: manifest.get(name) for name in LATER}
     seen["engines"] = manifest.get("engines", [])
     seen |= {"files": states, "unlisted": sorted(_present(bundle) - set(states)), "problems": found}
     return seen
@@ -73,6 +75,7 @@ def as_text(seen: Mapping[str, Any]) -> str:
         lines += ["", *measured_lines(seen["measured"])]
     if default := seen["default_backend"]:
         lines += [_row("fastest", f"{default['name']} {default['precision']}")]
+    lines += gate_lines(seen)
     lines += ["", *_engine_lines(seen["engines"]), *refused_lines(seen)]
     lines += memory_lines(seen)
     for graph, parity in (seen["parity"] or {}).items():
@@ -127,6 +130,15 @@ def measured_lines(measured: Mapping[str, Any]) -> list[str]:
                 text = _number(value) + ("x" if group == "speedup" else "")
             lines.append(_row(group, f"{name.replace('_', ' '):20} {text}"))
     return lines
+
+
+def gate_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """A line per gate that the bundle was judged by, and what it is marked with where one failed."""
+    lines = [
+        _row("gate", f"{'passed' if entry['passed'] else 'FAILED'}  {gates.described(entry)}")
+        for entry in manifest.get("gates") or ()
+    ]
+    return lines + ([_row("failed", "this bundle does not do what its gates ask")] if gates.failures(manifest) else [])
 
 
 def _attempt(problems: list[str], what: str, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

@@ -125,6 +125,8 @@ def test_report_lands_in_the_bundle(
     assert not drawing.folder_of(opened, texts).exists()  # what an interrupted bench would have gone on with
     assert report["program"]["marks"] == "#--#--"
     assert json.loads(file.read_text()) == report
+    assert (report["gates"], report["passed"]) == ([], True)
+    assert set(report["prompts"]) == {"source", "count", "seeds", "digest"}
     # The plain rival runs in the compressed bundle's precision, the export of the table in FP32.
     assert ("export", "openvino", "fp32", 6) in faked and ("export", "openvino", "bf16", 4) in faked
     again = bundles.load(opened.path)
@@ -140,6 +142,7 @@ def test_report_lands_in_the_bundle(
     assert report["pictures"][0]["psnr_db"] == pytest.approx(20 * math.log10(255 / 5))
     assert again.manifest["default_backend"] == {"name": "openvino", "precision": "bf16"}
     assert set(again.manifest["measured"]) == {"latency", "speedup", "quality"}
+    assert not again.manifest.keys() & {"gates", "failed"}
     # Once more: the report is replaced, the bundle stays whole and does not grow by it.
     second = bench(opened.path, str(tiny_pipeline), images=2, quiet=True, uncompressed=export)
     assert second["size_bytes"]["folders"].keys() == report["size_bytes"]["folders"].keys()
@@ -238,6 +241,42 @@ def test_an_interrupted_bench_leaves_the_bundle_as_it_was(
         bench(opened.path, str(tiny_pipeline), images=1, quiet=True, uncompressed=export)
     assert sorted(opened.path.rglob("*")) == before
     assert bundles.problems(bundles.read(opened.path)) == []
+
+
+def test_a_failed_gate_marks_the_bundle_until_all_pass(
+    opened: Bundle, export: Path, tiny_pipeline: Path, tmp_path: Path, faked: list[Any]
+) -> None:
+    def judged(*gates: str) -> dict[str, Any]:
+        fields = {"uncompressed": export, "json_file": tmp_path / "numbers.json", "gates": gates}
+        report = bench(opened.path, str(tiny_pipeline), images=2, quiet=True, **fields)
+        assert json.loads((tmp_path / "numbers.json").read_text()) == report
+        return report
+
+    opened = bundles.update(opened, recipe={"name": "mine", "gates": ["latent_error <= 0.2"]})
+    report = judged("latent_error < 0.05", "attribute_accuracy >= -1pt")
+    assert [entry["passed"] for entry in report["gates"]] == [True, False, False] and report["passed"] is False
+    assert report["gates"][1]["measured"] == pytest.approx(0.1)
+    assert report["gates"][2]["problem"].startswith("not measured")
+    assert report["reproduce"][1].endswith(
+        "--gate 'latent_error <= 0.2' --gate 'latent_error < 0.05' --gate 'attribute_accuracy >= -1pt'"
+    )
+    marked = bundles.load(opened.path)  # whole, and runnable
+    assert marked.manifest["failed"] is True and marked.manifest["gates"] == report["gates"]
+    assert "2 of 3 gates failed" in marked.file("report/report.html").read_text()
+    assert judged()["passed"] is True  # the recipe's own
+    assert bundles.load(opened.path).manifest["failed"] is False
+    judged("latent_error < 0.05")
+    bundles.update(bundles.read(opened.path), recipe={"name": "none"})
+    judged()  # nothing was asked, so nothing is known
+    assert bundles.load(opened.path).manifest["failed"] is True
+
+
+def test_a_gate_that_is_none_is_refused_before_work(
+    opened: Bundle, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("work was started"))
+    with pytest.raises(DiffpressError, match="nothing measures 'grace'"):
+        bench(opened.path, str(tiny_pipeline), images=2, gates=["grace > 1"])
 
 
 def test_there_may_be_no_rival(

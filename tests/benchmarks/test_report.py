@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from diffpress.benchmarks.card import card
+from diffpress.benchmarks.gates import judge
 from diffpress.benchmarks.markup import between, figures, rows_to_table
 from diffpress.benchmarks.pictures import DIFFERENCE_GAIN
 from diffpress.benchmarks.report import Picture, render
+from diffpress.gates import parse
 
 VOID = {"meta", "img", "br", "input", "line", "circle", "rect", "polyline", "path"}
 
@@ -119,6 +121,14 @@ def test_the_step_program_is_a_grid(made_up_report: dict[str, Any], pictures: li
     assert rows[3][:4] == ["full", "reuse", "reuse", "within"]
     for words in ("step 3: cached, taken and corrected", "extrapolated from two", "joined: steps that run together"):
         assert words in grid
+
+
+def test_gates_stand_before_the_pictures(made_up_report: dict[str, Any], pictures: list[Picture]) -> None:
+    made_up_report |= judge(made_up_report, [parse("speedup >= 10"), parse("ssim >= 0.9")])
+    page = render(made_up_report, pictures)
+    checked(page)
+    assert page.index("7.0× faster") < page.index("1 of 2 gates failed") < page.index("<h2>Pictures")
+    assert "measured 0.95" in page
 
 
 def test_only_the_row_itself_is_bold() -> None:
