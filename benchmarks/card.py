@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from diffpress import gates
 from diffpress.benchmarks import verdict
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT
 from diffpress.benchmarks.details import APART, LPIPS
@@ -62,12 +63,8 @@ def _front_matter(report: Mapping[str, Any], model: str) -> str:
 def _failures(report: Mapping[str, Any]) -> Iterable[str]:
     failed = [gate for gate in report.get("gates") or () if not gate["passed"]]
     if failed:
-        told = "; ".join(f"`{gate['gate']}`, measured {_gate(gate)}" for gate in failed)
+        told = "; ".join(f"`{gates.described(gate)}`" for gate in failed)
         yield f"> **This bundle failed {len(failed)} of its {len(report['gates'])} gates:** {told}."
-
-
-def _gate(gate: Mapping[str, Any]) -> str:
-    return DASH if gate["measured"] is None else f"{gate['measured']:.4g}{gate.get('unit', '')}"
 
 
 def _run(report: Mapping[str, Any]) -> str:
