@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,12 @@ def layers(bundle: Bundle) -> list[dict[str, Any]]:
 
 
 def commands(
-    bundle: Path, against: str, images: int, manifest: Mapping[str, Any], given: Mapping[str, Path] | None = None
+    bundle: Path,
+    against: str,
+    images: int,
+    manifest: Mapping[str, Any],
+    given: Mapping[str, Path] | None = None,
+    gates: Iterable[object] = (),
 ) -> list[str]:
     """What to type to get this report again; `given` are options of bench that name files.
 
@@ -199,6 +204,7 @@ def commands(
     model, place = shlex.quote(against), shlex.quote(str(bundle))
     name = recipe["name"] if _is_preset(recipe) else "recipe.yaml"
     options = "".join(f" {option} {shlex.quote(str(path))}" for option, path in (given or {}).items())
+    options += "".join(f" --gate {shlex.quote(str(gate))}" for gate in gates)
     return [
         f"diffpress compress {model} --recipe {name} --steps {sampling['steps']} "
         f"--seed {manifest.get('seed', 0)} --output {place}",

@@ -208,7 +208,7 @@ def test_an_interrupted_bench_draws_what_it_lacks(
     assert report["reproduce"][1].endswith(f"--images 40 --prompts {file}")
     lines = (tmp_path / "images" / "prompts.jsonl").read_text().splitlines()
     assert len(lines) == 40 and json.loads(lines[39])["files"]["compressed"] == "compressed/00039.png"
-    assert len(list((tmp_path / "images").rglob("*.png"))) == 40 + 40 + 16
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 40 + 40 + 16 + 16  # of exports few
     with pytest.raises(DiffpressError, match="not an empty folder"):
         bench(opened.path, str(tiny_pipeline), save_images=tmp_path / "images", **arguments)
 
@@ -274,7 +274,7 @@ def test_a_failed_gate_marks_the_bundle_until_all_pass(
 def test_a_gate_that_is_none_is_refused_before_work(
     opened: Bundle, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(module.timing, "measure", lambda *_: pytest.fail("work was started"))
     with pytest.raises(DiffpressError, match="nothing measures 'grace'"):
         bench(opened.path, str(tiny_pipeline), images=2, gates=["grace > 1"])
 
@@ -326,9 +326,10 @@ def test_bad_input(opened: Bundle, export: Path, tiny_pipeline: Path, tmp_path: 
 def test_commands_can_be_typed() -> None:
     preset = json.loads(json.dumps(recipes.as_json(recipes.load("int8"))))
     manifest = {"recipe": preset, "sampling": {"steps": 20}, "seed": 3}
-    compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest, prompts=Path("my words.txt"))
+    given = {"--prompts": Path("my words.txt")}
+    compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest, given, ["clip >= -1%"])
     assert compress == "diffpress compress a/b --recipe int8 --steps 20 --seed 3 --output 'my bundle'"
-    assert judged == "diffpress bench 'my bundle' --against a/b --images 60 --prompts 'my words.txt'"
+    assert judged == "diffpress bench 'my bundle' --against a/b --images 60 --prompts 'my words.txt' --gate 'clip >= -1%'"
 
 
 def test_a_recipe_of_ones_own_is_the_one_in_the_report(tmp_path: Path) -> None:
