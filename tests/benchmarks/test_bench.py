@@ -329,7 +329,8 @@ def test_commands_can_be_typed() -> None:
     given = {"--prompts": Path("my words.txt")}
     compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest, given, ["clip >= -1%"])
     assert compress == "diffpress compress a/b --recipe int8 --steps 20 --seed 3 --output 'my bundle'"
-    assert judged == "diffpress bench 'my bundle' --against a/b --images 60 --prompts 'my words.txt' --gate 'clip >= -1%'"
+    options = "--images 60 --prompts 'my words.txt' --gate 'clip >= -1%'"
+    assert judged == f"diffpress bench 'my bundle' --against a/b {options}"
 
 
 def test_a_recipe_of_ones_own_is_the_one_in_the_report(tmp_path: Path) -> None:
