@@ -34,7 +34,7 @@ from diffpress.benchmarks import (
 from diffpress.benchmarks.candidates import COMPRESSED, PLAIN, REFERENCE, Drawn, Reference
 from diffpress.benchmarks.compared import Compared
 from diffpress.benchmarks.gates import gathered
-from diffpress.benchmarks.gates import judge as judge_by
+from diffpress.benchmarks.gates import judge as judge_gates
 from diffpress.benchmarks.networks import Networks
 from diffpress.bundle import Bundle
 from diffpress.errors import DiffpressError
@@ -50,9 +50,9 @@ def bench(
     prompts_file: Path | None = None,
     uncompressed: Path | None = None,
     reference: Reference | None = None,
-    gates: Sequence[str] = (),
     networks: Networks | None = None,
     save_images: Path | None = None,
+    gates: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure a bundle against the model it was made from; returns the report and writes it into the bundle.
 
@@ -69,7 +69,7 @@ def bench(
         raise DiffpressError(f"--images is {images}: at least 1 is needed")
     opened = bundles.load(bundle_path)
     check_model(opened, against)
-    asked = gathered(opened.manifest, gates)
+    limits = gathered(opened.manifest, gates)
     chosen = prompts.choose(images, _is_shapes(against), prompts_file)
     if save_images is not None:
         saved.check(save_images)
@@ -90,13 +90,12 @@ def bench(
             result = judge(
                 compared, found, drawn, scores.Judging(chosen, networks, drawn[REFERENCE].pixels), save_images
             )
-            result |= judge_by(result, asked)
+            result |= judge_gates(result, limits)
             if folder_of(against) is None:
                 result["model"]["hub"] = against
             given = {**({"--prompts": prompts_file} if prompts_file else {}), **networks.options()}
-            result["reproduce"] = document.commands(
-                Path(bundle_path), against, len(chosen.texts), opened.manifest, given, map(str, asked)
-            )
+            texts = len(chosen.texts)
+            result["reproduce"] = document.commands(Path(bundle_path), against, texts, opened.manifest, given, limits)
             result = document.finite(result)
             assert result is not None
             text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -162,10 +161,11 @@ def judge(
 ) -> dict[str, Any]:
     """Everything the report says but for how to get it again; saves the images where that is asked for."""
     texts, sampling, own = judging.prompts.texts, compared.sampling, compared.own
+    rival = found.rival.schedule if found.rival else None
     distance = document.apart(drawn, judging)
     if save_images is not None:
         saved.save(save_images, drawn, texts, distance)
-    result = {
+    return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **document.subject(compared.bundle, sampling, own),
         "prompts": {
@@ -177,9 +177,8 @@ def judge(
         **found.entries,
         "size_bytes": document.sizes(compared.bundle, compared.export, compared.model_folder()),
         **document.quality(drawn, judging, distance, same_schedule=sampling == own),
-        PLAIN: document.fewer_steps(
-            found.trials, found.rival.schedule if found.rival else None, drawn, judging, found.entries["backend"]
-        ),
+        PLAIN: document.fewer_steps(found.trials, rival, drawn, judging, found.entries["backend"]),
+        "candidates": front.rows(found.entries, found.trials, drawn, found.rival),
         "pictures": document.pictures(drawn, texts),
         "layers": document.layers(compared.bundle),
         "metrics": judging.metrics(),
@@ -187,8 +186,6 @@ def judge(
         "machine": machine.machine(),
         "versions": machine.versions(),
     }
-    result["candidates"] = front.rows(result["speedup"], result["same_precision"], found.trials, drawn, found.rival)
-    return result
 
 
 def _progress(quiet: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:

@@ -38,9 +38,16 @@ def _throughput(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 
 def _cold(report: Mapping[str, Any], found: Mapping[str, float | None]) -> str:
     named = short_labels(report)
-    rows = [[key(name, words), milliseconds(found[name])] for name, words in named.items() if name in found]
-    head = ["fresh process to first image", "time"]
-    return f"<h3>Cold start</h3>{scrolling(head, rows, key(COMPRESSED, named[COMPRESSED]))}" if rows else ""
+    each: Mapping[str, Mapping[str, float]] = report.get("cold_start_parts_ms") or {}
+    parts = list(next(iter(each.values()), {}))
+    rows = [
+        [key(name, words), *(milliseconds(each[name][part]) for part in parts), milliseconds(found[name])]
+        for name, words in named.items()
+        if name in found
+    ]
+    head = ["fresh process to first image", *(escape(part.replace("_", " ")) for part in parts), "in all"]
+    table = scrolling(head, rows, key(COMPRESSED, named[COMPRESSED]), "stack" if parts else "")
+    return f"<h3>Cold start</h3>{table}" if rows else ""
 
 
 def roofline(report: Mapping[str, Any]) -> dict[str, str]:
@@ -49,19 +56,26 @@ def roofline(report: Mapping[str, Any]) -> dict[str, str]:
     graphs = found.get("graphs") or []
     if not graphs:
         return {"roofline": ""}
-    head = ["graph", "GFLOP", "moved", "at best", "measured", "of the limit", "bound by"]
-    rows = [_graph(row, labels(report)) for row in graphs]
+    head, named = ["GFLOP", "moved", "at best", "measured", "of the limit"], labels(report)
+    images = [_row(row, named, "denoising", "all calls of an image") for row in found.get("images") or []]
+    rows = [
+        [
+            *_row(row, named, row["graph"], f"{row['calls_per_image']} calls of batch {row['rows']}"),
+            row.get("bound") or DASH,
+        ]
+        for row in graphs
+    ]
+    tables = scrolling(["", *head], images, kind="stack") if images else ""
+    single = scrolling(["graph", *head, "bound by"], rows, kind="stack")
+    tables += f"<details><summary>Graph by graph</summary>{single}</details>"
     chosen = report["backend"]
     details = [
         _operators(row)
         for row in graphs
         if (row["candidate"], row["backend"], row["precision"]) == (COMPRESSED, chosen["name"], chosen["precision"])
     ]
-    return {
-        "roofline": section(
-            "How far from the machine's limit", _ceilings(found), scrolling(head, rows, kind="stack"), *details
-        )
-    }
+    title = "How far from the machine's limit"
+    return {"roofline": section(title, _ceilings(found), tables, *details)}
 
 
 def _ceilings(found: Mapping[str, Any]) -> str:
@@ -76,21 +90,19 @@ def _ceilings(found: Mapping[str, Any]) -> str:
     )
 
 
-def _graph(row: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
-    """A row of the table; what could not be counted or run says why."""
-    told = f"{row['backend']} {row['precision']}, {row['calls_per_image']} calls of batch {row['rows']}"
+def _row(row: Mapping[str, Any], named: Mapping[str, str], what: str, calls: str) -> list[str]:
+    """Work and times of a graph or of all that an image needs; what could not be counted or run says why."""
+    told = f"{row['backend']} {row['precision']}, {calls}"
     told += f": {row['reason']}" if row.get("reason") else ""
     words = named.get(row["candidate"], row["candidate"]).partition(",")[0]
-    name = key(row["candidate"], f"{words}, {row['graph']}") + f"<small>{escape(told)}</small>"
     operations, moved = row.get("operations"), row.get("bytes")
     seconds = [row.get("seconds_at_ceiling"), row.get("measured_seconds")]
     return [
-        name,
+        key(row["candidate"], f"{words}, {what}") + f"<small>{escape(told)}</small>",
         DASH if operations is None else figures(operations / 1e9),
         DASH if moved is None else size(moved),
         *(DASH if value is None else milliseconds(1e3 * value) for value in seconds),
         share(row.get("share_of_ceiling")),
-        escape(row.get("bound") or DASH),
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from diffpress import gates
 from diffpress.benchmarks import verdict
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT
+from diffpress.benchmarks.details import APART, LPIPS
 from diffpress.benchmarks.markup import DASH, TIMES, between, labels, number, share
 from diffpress.benchmarks.verdict import milliseconds, size
 
@@ -62,7 +63,7 @@ def _front_matter(report: Mapping[str, Any], model: str) -> str:
 def _failures(report: Mapping[str, Any]) -> Iterable[str]:
     failed = [gate for gate in report.get("gates") or () if not gate["passed"]]
     if failed:
-        told = "; ".join(f"`{gate['gate']}`, {gates.measured(gate)}" for gate in failed)
+        told = "; ".join(f"`{gates.described(gate)}`" for gate in failed)
         yield f"> **This bundle failed {len(failed)} of its {len(report['gates'])} gates:** {told}."
 
 
@@ -123,22 +124,20 @@ def _faster(ratio: float, interval: Sequence[float] | None) -> str:
 
 def _losses(report: Mapping[str, Any]) -> str:
     own, row, spread = report["quality"], report[PLAIN], report.get("quality_interval") or {}
+    measured = report.get("metrics") or {}
     rows = []
-    for name, label, digits in (
-        ("psnr_db", "PSNR to the reference, dB", 2),
-        ("psnr_db_worst", "worst image, dB", 2),
-        ("ssim", "SSIM", 4),
-        ("latent_rel_l2", "final latents, relative L2", 4),
-    ):
+    for name, label, digits in APART:
+        if own.get(name) is None and name == LPIPS:
+            continue
         value = number(own[name], digits) + _in_brackets(between(spread.get(name), digits))
         rows.append([label, DASH, value, number(row.get(name), digits)])
     for name, label in (
         ("clip_score", "CLIP score"),
         ("attribute_accuracy", "attributes confirmed"),
-        ("frechet", "Fréchet distance to real pictures"),
+        ("frechet", f"Fréchet distance to {measured.get('frechet', {}).get('to') or 'real pictures'}"),
     ):
         sides = [own[name]["reference"], own[name]["compressed"], row.get(name)]
-        if sides[0] is not None:
+        if any(value is not None for value in sides[:2]):
             rows.append([label, *(share(v) if name == "attribute_accuracy" else number(v, 3) for v in sides)])
     head = ["", "reference", "compressed", f"{row['steps']} plain steps"]
     if row["steps"] is None:

@@ -24,6 +24,8 @@ from diffpress.bundle import Bundle
 from diffpress.plan import Sampling
 
 KEPT = 16  # images whose latents are compared step by step
+STEPWISE = (REFERENCE, EXPORT, COMPRESSED)  # whose latents these are
+FEW = (EXPORT, STRICT, RESCHEDULED)  # of which no more images are drawn
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Compared:
         return folder_of(self.against)
 
     def wanted(self, texts: list[str], choice: Choice) -> list[Wanted]:
-        """The same prompts and seeds for all; of the exports only the few that are compared with."""
+        """The same prompts and seeds for all; few of those that are compared step by step or in the plot alone."""
         model, on = dict(self.bundle.manifest.get("model", {})), [choice.backend, choice.precision]
         keys: dict[str, Any] = {
             REFERENCE: [model, self.own.to_json(), dict(self.scheduler), on_gpu(choice.backend)],
@@ -113,9 +115,8 @@ class Compared:
             keys[RESCHEDULED] = [model, self.sampling.to_json(), on_gpu(choice.backend)]
         if choice.rival is not None:
             keys[PLAIN] = [model, choice.rival.to_json(), on]
-        few, final = (EXPORT, STRICT, RESCHEDULED), (STRICT, RESCHEDULED, PLAIN)
         return [
-            Wanted(name, texts[:KEPT] if name in few else texts, self.batch, 0 if name in final else KEPT, key)
+            Wanted(name, texts[:KEPT] if name in FEW else texts, self.batch, KEPT if name in STEPWISE else 0, key)
             for name, key in keys.items()
         ]
 

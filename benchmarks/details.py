@@ -25,6 +25,7 @@ from diffpress.benchmarks.markup import (
 )
 from diffpress.benchmarks.verdict import rescheduled, size
 
+LPIPS = "lpips"
 # A cell of the step program: what it is called in the style sheet, and in words.
 KINDS = {
     "#": ("full", "computed"),
@@ -46,6 +47,16 @@ TOGETHER = {
     "=": ("call on", "in the same call"),
     "]": ("call", "last of the same call"),
 }
+
+
+# Distances to the reference: key, words, decimals.
+APART = (
+    ("psnr_db", "PSNR to the reference, dB", 2),
+    ("psnr_db_worst", "worst image, dB", 2),
+    ("ssim", "SSIM", 4),
+    (LPIPS, "LPIPS", 4),
+    ("latent_rel_l2", "final latents, relative L2", 4),
+)
 
 
 def program_grid(program: Mapping[str, Any]) -> str:
@@ -115,7 +126,7 @@ def steps(report: Mapping[str, Any]) -> dict[str, str]:
 def quality(report: Mapping[str, Any]) -> dict[str, str]:
     """Reference, compressed and fewer plain steps side by side."""
     own, row, attributes = report["quality"], report["fewer_plain_steps"], report["attributes"]
-    spread = report.get("quality_interval") or {}
+    spread, measured = report.get("quality_interval") or {}, report.get("metrics") or {}
     fewer = row["steps"] is not None
 
     def cell(name: str, value: float | None, digits: int, side: str = "") -> str:
@@ -128,19 +139,16 @@ def quality(report: Mapping[str, Any]) -> dict[str, str]:
         return text + (f"<small>{interval}</small>" if interval else "")
 
     rows = []
-    for name, label, digits in (
-        ("psnr_db", "PSNR to the reference, dB", 2),
-        ("psnr_db_worst", "worst image, dB", 2),
-        ("ssim", "SSIM", 4),
-        ("latent_rel_l2", "final latents, relative L2", 4),
-    ):
+    for name, label, digits in APART:
+        if own.get(name) is None and name == LPIPS:
+            continue  # it takes weights that few have
         rows.append([label, DASH, cell(name, own[name], digits), number(row.get(name), digits)])
     for name, label, digits in (
         ("clip_score", "CLIP score", 2),
         ("attribute_accuracy", "attributes confirmed", 4),
-        ("frechet", "Fréchet distance to real pictures", 3),
+        ("frechet", f"Fréchet distance to {measured.get('frechet', {}).get('to') or 'real pictures'}", 3),
     ):
-        if own[name]["reference"] is not None:
+        if any(value is not None for value in own[name].values()):
             sides = [cell(name, own[name][side], digits, side) for side in ("reference", "compressed")]
             plain = row.get(name)
             rows.append([label, *sides, share(plain) if name == "attribute_accuracy" else number(plain, digits)])
@@ -158,13 +166,22 @@ def quality(report: Mapping[str, Any]) -> dict[str, str]:
     if fewer:
         note += f" Plain steps are those of {row['schedule']} on the uncompressed export, same backend and precision: "
         note += f"they take {row['latency_ratio']:.2f} of the compressed latency (paired, alternating)."
+    names = {LPIPS: "LPIPS", "clip_score": "CLIP score", "frechet": "Fréchet distance"}
+    for name, metric in measured.items():
+        told = metric["note"] or (f"by {metric['by']}" if metric["by"] else "")
+        note += f" {names.get(name, name)} {told}." if told else ""
     return {"quality_table": table, "quality_note": escape(note)}
 
 
 def sizes(report: Mapping[str, Any]) -> dict[str, str]:
     """What lies on disk and what each candidate needs to run."""
     count, peaks, named = report["size_bytes"], report["peak_rss_bytes"], labels(report)
-    memory = [[key(name, named[name]), size(peaks[name])] for name in (REFERENCE, EXPORT, COMPRESSED)]
+    devices = {name: peak for name, peak in (report.get("peak_device_bytes") or {}).items() if peak is not None}
+    memory = [
+        [key(name, named[name]), size(peaks[name]), *([size(devices.get(name))] if devices else [])]
+        for name in (REFERENCE, EXPORT, COMPRESSED)
+    ]
+    head = ["", "peak resident memory", *(["peak on the device"] if devices else [])]
     disk = [
         ["denoiser, FP32 weights", size(count["denoiser_reference"])],
         ["denoiser, compressed (all graphs)", size(count["denoiser_compressed"])],
@@ -173,7 +190,7 @@ def sizes(report: Mapping[str, Any]) -> dict[str, str]:
     ]
     return {
         "size_note": "Peak memory is that of a fresh process that loads it and draws one image, libraries included.",
-        "memory_table": scrolling(["", "peak resident memory"], memory, own=key(COMPRESSED, named[COMPRESSED])),
+        "memory_table": scrolling(head, memory, own=key(COMPRESSED, named[COMPRESSED])),
         "size_table": scrolling(["", "on disk"], disk),
     }
 

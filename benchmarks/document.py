@@ -28,10 +28,10 @@ def speed(timings: Timings, precision: str) -> dict[str, Any]:
     `vs_eager_same_schedule` is against diffusers with the compressed bundle's own steps and solver, where those are
     not the model's: what compression gives without the shorter schedule.
     """
-    own, eager, strict = timings.images[COMPRESSED], timings.images[REFERENCE], None
+    own, strict = timings.images[COMPRESSED], None
     against = {
-        "vs_eager": eager,
-        "vs_eager_same_schedule": timings.images.get(RESCHEDULED, eager),
+        "vs_eager": timings.images[REFERENCE],
+        "vs_eager_same_schedule": timings.images.get(RESCHEDULED, timings.images[REFERENCE]),
         "vs_uncompressed_export": timings.images[EXPORT],
     }
     if STRICT in timings.images:
@@ -194,7 +194,7 @@ def commands(
     images: int,
     manifest: Mapping[str, Any],
     given: Mapping[str, Path] | None = None,
-    gates: Iterable[str] = (),
+    gates: Iterable[object] = (),
 ) -> list[str]:
     """What to type to get this report again; `given` are options of bench that name files.
 
@@ -203,8 +203,8 @@ def commands(
     recipe, sampling = manifest.get("recipe", {}), manifest.get("reference", manifest)["sampling"]
     model, place = shlex.quote(against), shlex.quote(str(bundle))
     name = recipe["name"] if _is_preset(recipe) else "recipe.yaml"
-    words = [(option, str(path)) for option, path in (given or {}).items()] + [("--gate", gate) for gate in gates]
-    options = "".join(f" {option} {shlex.quote(word)}" for option, word in words)
+    options = "".join(f" {option} {shlex.quote(str(path))}" for option, path in (given or {}).items())
+    options += "".join(f" --gate {shlex.quote(str(gate))}" for gate in gates)
     return [
         f"diffpress compress {model} --recipe {name} --steps {sampling['steps']} "
         f"--seed {manifest.get('seed', 0)} --output {place}",

@@ -32,17 +32,18 @@ def first(drawn: Drawn, count: int) -> Drawn:
 
 
 def rows(
-    speedup: Mapping[str, float],
-    strict: Mapping[str, Any] | None,
+    speeds: Mapping[str, Any],
     trials: Sequence[Trial],
     drawn: Mapping[str, Drawn],
     rival: Rival | None,
 ) -> list[dict[str, Any]]:
     """A row per candidate: how much faster than the reference, how far from its images; `front` where nothing beats it.
 
-    Of `drawn`, images by candidate, and of what was drawn on the way to the rival as many are compared as the shortest
-    has. The ratio of a trial is that of its step count, whose schedules take the same time.
+    `speeds` are a report's "speedup" and "same_precision". Of `drawn`, images by candidate, and of what was drawn on
+    the way to the rival as many are compared as the shortest has. The ratio of a trial is that of its step count,
+    whose schedules take the same time.
     """
+    speedup, strict = speeds["speedup"], speeds["same_precision"]
     eager = speedup["vs_eager"]
     faster = {REFERENCE: 1.0, EXPORT: eager / speedup["vs_uncompressed_export"], COMPRESSED: eager}
     faster[RESCHEDULED] = eager / speedup.get("vs_eager_same_schedule", eager)
@@ -55,7 +56,7 @@ def rows(
     ]
     ratios = {trial.steps: trial.ratio for trial in trials}
     for (schedule, steps), images in (rival.drawn if rival else {}).items():
-        name = PLAIN if rival and (schedule, steps) == (rival.schedule, rival.steps) else TRIAL
+        name = PLAIN if rival and (schedule, steps) == (rival.schedule, rival.sampling.steps) else TRIAL
         row = {"name": name, "schedule": schedule, "steps": steps, "speedup": eager / ratios[steps]}
         entries.append((row, images))
     count = min(len(images.pixels) for _, images in entries)

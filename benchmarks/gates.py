@@ -68,14 +68,8 @@ def section(report: Mapping[str, Any]) -> str:
     if not entries:
         return ""
     failed = sum(not entry["passed"] for entry in entries)
-    rows = [
-        [
-            escape(entry["gate"]),
-            escape(gates.measured(entry).removeprefix("measured ")),
-            "passed" if entry["passed"] else '<b class="bad">failed</b>',
-        ]
-        for entry in entries
-    ]
+    verdicts = {True: "passed", False: '<b class="bad">failed</b>'}
+    rows = [[escape(entry["gate"]), escape(gates.measured(entry)), verdicts[entry["passed"]]] for entry in entries]
     title = f"{failed} of {len(entries)} gates failed" if failed else "Every gate passed"
     mark = " failed" if failed else ""
-    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "measured", ""], rows)}</aside>'
+    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "", ""], rows)}</aside>'

@@ -95,7 +95,6 @@ class Rival:
     """The best plain schedule that is as fast, and what was drawn on the way to it, by (schedule, steps)."""
 
     schedule: str
-    steps: int
     sampling: Sampling
     drawn: dict[tuple[str, int], Drawn]
 
@@ -118,17 +117,17 @@ def rival(
     found = best(list(trials))
     if found is None:
         return None
-    drawn: dict[tuple[str, int], Drawn] = {}
-    rivals = schedules(scheduler, own, found.steps)
-    name, _ = best_schedule(
-        rivals, open_plain, reference, texts, batch, quiet,
-        lambda name, images: drawn.update({(name, found.steps): images}),
-    )  # fmt: skip
+    rivals, drawn = schedules(scheduler, own, found.steps), {}
+
+    def keep(name: str, images: Drawn) -> None:
+        drawn[name, found.steps] = images
+
+    name, _ = best_schedule(rivals, open_plain, reference, texts, batch, quiet, keep)
     some = list(texts)[:JUDGED]
     for steps in sorted({trial.steps for trial in trials} - {found.steps}):
         if sampling := schedules(scheduler, own, steps).get(name):
             drawn[name, steps] = draw(open_plain(sampling), some, range(len(some)), batch)
-    return Rival(name, found.steps, rivals[name], drawn)
+    return Rival(name, rivals[name], drawn)
 
 
 def compare(

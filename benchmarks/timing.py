@@ -83,9 +83,10 @@ def _rival(
         return open_plain(plain.schedules(compared.scheduler, compared.own, steps)[plain.TIMED])
 
     trials = plain.compare(timings, pipelines, open_timed, compared.own.steps, texts[0], quiet)
-    reference, batch = pipelines[REFERENCE], compared.batch
-    rival = plain.rival(trials, compared.scheduler, compared.own, open_plain, reference, texts, batch, quiet)
-    return trials, rival
+    reference = pipelines[REFERENCE]
+    return trials, plain.rival(
+        trials, compared.scheduler, compared.own, open_plain, reference, texts, compared.batch, quiet
+    )
 
 
 def _starts(compared: Compared, choice: Choice, prompt: str, quiet: bool) -> dict[str, Any]:

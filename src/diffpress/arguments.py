@@ -130,7 +130,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--steps", type=_whole(1), metavar="N", help="steps of the model's own scheduler (default: the recipe's)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of the calibration images (default: 0)")
     add("--target", action="append", default=[], metavar="GPU", help="build engines for it, too; may be repeated")
-    _add_gates(add, "images that gates are judged on (default: %(default)s)")
+    _add_gates(add, "images that gates are judged on (default: 200)")
 
     add = made["build"].add_argument
     add("bundle", metavar="BUNDLE", help=BUNDLE)

@@ -325,12 +325,12 @@ def _measure(place: str | Path, against: str, images: int | None, quiet: bool, *
     from diffpress.calibration import processes
 
     report = bench(place, against=against, images=images, quiet=quiet, **more)
-    if not quiet and processes.is_main():
+    if not processes.is_main():
+        return
+    if not quiet:
         found = verdict.verdict(report)
         print(found.headline, found.quality, found.rival_text, "", verdict.table(report), "", sep="\n")
-        print(*verdict.notes(report), "", sep="\n")
-        for line in judged.lines(report):
-            print(line)
+        print(*verdict.notes(report), *judged.lines(report), "", sep="\n")
         print(f"report: {Path(place) / 'report' / 'report.html'}", flush=True)
     judged.check(report)
 

@@ -223,7 +223,13 @@ def full_report(made_up_report: dict[str, Any]) -> dict[str, Any]:
     refused |= {"slowest": None}
     per_second = {"reference_eager": 0.76, "uncompressed_export": 2.1, "compressed": 7.11}
     made_up_report["fewer_plain_steps"] |= {"steps": 19, "schedule": "UniPC Karras", "psnr_db": 39.8, "ssim": 0.981}
-    made_up_report["quality"] |= {"psnr_db": 44.2, "psnr_db_worst": 31.7, "ssim": 0.9934, "latent_rel_l2": 0.0371}
+    made_up_report["quality"] |= {
+        "psnr_db": 44.2,
+        "psnr_db_worst": 31.7,
+        "ssim": 0.9934,
+        "latent_rel_l2": 0.0371,
+        "lpips": 0.0173,
+    }
     made_up_report["speedup"] = {"vs_eager": 9.37, "vs_uncompressed_export": 3.38}
     made_up_report["per_step"]["latent_rel_l2"] = {
         "uncompressed_export": [1.1e-6 * (i + 1) for i in range(50)],
@@ -264,6 +270,20 @@ def full_report(made_up_report: dict[str, Any]) -> dict[str, Any]:
             for batch in (1, 2, 4, 8)
         ],
         "cold_start_ms": {"reference_eager": 9_640.0, "uncompressed_export": 2_310.0, "compressed": 1_870.0},
+        "cold_start_parts_ms": {
+            name: {"import": ms * 0.31, "load": ms * 0.43, "first_image": ms * 0.26}
+            for name, ms in (("reference_eager", 9_640), ("uncompressed_export", 2_310), ("compressed", 1_870))
+        },
+        "peak_device_bytes": {
+            "reference_eager": 5_130_000_000,
+            "uncompressed_export": None,
+            "compressed": 2_170_000_000,
+        },
+        "metrics": {
+            "lpips": {"by": "alex.pth", "note": None},
+            "clip_score": {"by": None, "note": "not measured, give --clip-model"},
+            "frechet": {"by": "inception.pt", "note": None, "to": "the reference's images"},
+        },
         "roofline": {
             "ceilings": {
                 "operations_per_s": {"fp32": 1.51e11, "int8": 6.03e11},
@@ -271,6 +291,11 @@ def full_report(made_up_report: dict[str, Any]) -> dict[str, Any]:
                 "method": "products",
             },
             "graphs": [graph, refused, {**graph, "candidate": "uncompressed_export", "precision": "fp32"}],
+            "images": [
+                {key: graph[key] for key in ("candidate", "backend", "precision")}
+                | {"operations": 7.7e10, "bytes": 5.9e9, "seconds_at_ceiling": 0.0457, "measured_seconds": 0.1177}
+                | {"share_of_ceiling": 0.388}
+            ],
         },
         "gates": [
             {"gate": "speedup >= 6", "measured": 9.37, "limit": 6, "unit": "", "passed": True},

@@ -83,8 +83,8 @@ def check_keys(report: dict[str, Any]) -> None:
         assert [set(row) for row in report["stage_latency"][name].values()] == [LATENCY] * 3
         assert [set(row) for row in report["step_latency"][name]] == [LATENCY] * len(report["steps_ms"][name])
         assert report["size_bytes"]["by_candidate"][name] > 0
-    assert set(report["speedup"]) == set(report["speedup_interval"])
     assert set(report["speedup"]) == {"vs_eager", "vs_eager_same_schedule", "vs_uncompressed_export"}
+    assert set(report["speedup_interval"]) == set(report["speedup"])
     for name, ratio in report["speedup"].items():
         low, high = report["speedup_interval"][name]
         assert low <= ratio <= high
@@ -208,7 +208,7 @@ def test_an_interrupted_bench_draws_what_it_lacks(
     assert report["reproduce"][1].endswith(f"--images 40 --prompts {file}")
     lines = (tmp_path / "images" / "prompts.jsonl").read_text().splitlines()
     assert len(lines) == 40 and json.loads(lines[39])["files"]["compressed"] == "compressed/00039.png"
-    assert len(list((tmp_path / "images").rglob("*.png"))) == 40 + 40 + 16 + 16  # of the exports a few
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 40 + 40 + 16 + 16  # of exports few
     with pytest.raises(DiffpressError, match="not an empty folder"):
         bench(opened.path, str(tiny_pipeline), save_images=tmp_path / "images", **arguments)
 
@@ -326,9 +326,11 @@ def test_bad_input(opened: Bundle, export: Path, tiny_pipeline: Path, tmp_path: 
 def test_commands_can_be_typed() -> None:
     preset = json.loads(json.dumps(recipes.as_json(recipes.load("int8"))))
     manifest = {"recipe": preset, "sampling": {"steps": 20}, "seed": 3}
-    compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest, {"--prompts": Path("my words.txt")})
+    given = {"--prompts": Path("my words.txt")}
+    compress, judged = document.commands(Path("my bundle"), "a/b", 60, manifest, given, ["clip >= -1%"])
     assert compress == "diffpress compress a/b --recipe int8 --steps 20 --seed 3 --output 'my bundle'"
-    assert judged == "diffpress bench 'my bundle' --against a/b --images 60 --prompts 'my words.txt'"
+    options = "--images 60 --prompts 'my words.txt' --gate 'clip >= -1%'"
+    assert judged == f"diffpress bench 'my bundle' --against a/b {options}"
 
 
 def test_a_recipe_of_ones_own_is_the_one_in_the_report(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_hub_can_read_it(full_report: dict[str, Any]) -> None:
 def test_it_says_gains_losses_limits_and_how_to_run(full_report: dict[str, Any]) -> None:
     text = card(full_report)
     assert "9.37× (9.11–9.68)" in text and "| 44.20 (43.10–45.30) | 39.80 |" in text
-    assert "`clip >= -0.2%`, measured -0.3226%" in text and "failed 1 of its 2 gates" in text
+    assert "`clip >= -0.2% (measured -0.3226%)`" in text and "failed 1 of its 2 gates" in text
     assert "diffpress run balanced 'a <red> & blue star' -o out.png" in text
     assert "18 of 50 steps run the whole denoiser" in text and "the worst one has 31.7 dB" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]

@@ -9,6 +9,7 @@ import pytest
 from diffpress.benchmarks import front
 from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn, draw
 from diffpress.benchmarks.plain import Rival, Trial
+from diffpress.plan import Sampling
 
 
 def row(speedup: float, psnr: float | None, name: str = front.TRIAL) -> dict[str, Any]:
@@ -25,10 +26,10 @@ def test_every_candidate_is_compared_on_the_same_images(fake_candidate: Callable
     def drawn(shift: int, count: int = 5) -> Drawn:
         return draw(fake_candidate(shift=shift), ["x"] * count, range(count), batch=2)
 
-    rival = Rival("UniPC", 7, None, {("DDIM", 7): drawn(9), ("UniPC", 7): drawn(6), ("UniPC", 8): drawn(5)})
+    tried = {("DDIM", 7): drawn(9), ("UniPC", 7): drawn(6), ("UniPC", 8): drawn(5)}
+    rival = Rival("UniPC", Sampling("UniPC", 7, 3.0, 64, 64, (), (), 1.0, ()), tried)
     rows = front.rows(
-        {"vs_eager": 8.0, "vs_uncompressed_export": 4.0},
-        {"speedup": 2.0},
+        {"speedup": {"vs_eager": 8.0, "vs_uncompressed_export": 4.0}, "same_precision": {"speedup": 2.0}},
         [Trial(7, 1.0, 0.8), Trial(8, 1.0, 1.25)],
         {REFERENCE: drawn(0, 9), EXPORT: drawn(1, 4), STRICT: drawn(2, 4), COMPRESSED: drawn(3, 9), PLAIN: drawn(6, 9)},
         rival,

@@ -90,7 +90,7 @@ def test_the_rival_at_every_step_count_that_was_timed(fake_candidate: Callable[.
 
     trials = [plain.Trial(6, 9.0, 0.9), plain.Trial(7, 11.0, 1.1), plain.Trial(8, 12.0, 1.2)]
     found = plain.rival(trials, scheduler, own, open_plain, fake_candidate(), ["x"] * 3, batch=2)
-    assert found is not None and found.steps == 6
+    assert found is not None and found.sampling.steps == 6
     assert [name for name, steps in found.drawn if steps == 6] == list(plain.RIVALS)
     assert [key for key in found.drawn if key[1] != 6] == [(found.schedule, 7), (found.schedule, 8)]
     assert {len(drawn.pixels) for drawn in found.drawn.values()} == {3}

@@ -71,6 +71,7 @@ def test_a_model_without_a_judge(made_up_report: dict[str, Any], pictures: list[
         made_up_report["quality"][name] = {"reference": None, "compressed": None}
         made_up_report["fewer_plain_steps"][name] = None
     made_up_report["attributes"] = {"reference": None, "compressed": None}
+    made_up_report["metrics"] = {"clip_score": {"by": None, "note": None}}
     page = render(made_up_report, pictures)
     checked(page)
     assert "CLIP score" not in page and "Attributes right" not in page
@@ -162,7 +163,7 @@ def test_every_number_is_one_of_the_report(kind: str, full_report: dict[str, Any
             return numbers(card(report))
         return numbers(" ".join(checked(render(report, pictures)).words))
 
-    other = altered(full_report, np.random.default_rng(0))
+    other = altered(full_report, np.random.default_rng(1))
     for name in ("marks", "steps", "segments"):  # a program of as many steps
         other["program"][name] = full_report["program"][name]
     before, after = shown(full_report), shown(other)
