@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnxscript import optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffpress.benchmarks import ceilings, roofline
@@ -122,7 +123,8 @@ def test_a_graph_that_cannot_be_counted_is_timed(handmade: Bundle, monkeypatch: 
 
 
 def counted(module: Any, inputs: dict[str, torch.Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # torch's counter knows not every fused attention: as plain products it sees all of them.
+    with graphs.plain_attention(module.unet), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs.values())
     return counter.get_total_flops()
 
@@ -142,6 +144,8 @@ def without_weights(unet: Any, inputs: dict[str, torch.Tensor]) -> ir.Model:
         if value.const_value.raw.is_meta:
             zeros = partial(np.zeros, shape.numpy(), dtype.numpy())
             value.const_value = ir.LazyTensor(lambda zeros=zeros: ir.tensor(zeros()), dtype, shape)
+    # Sizes that the exporter computes in the graph, of the embedding of steps; weights are over its limit.
+    optimizer.fold_constants(onnx.model, input_size_limit=1024, output_size_limit=4096)
     return onnx.model  # type: ignore[no-any-return]
 
 
@@ -174,5 +178,4 @@ def test_operations_of_shapes_are_those_that_torch_counts() -> None:
     }
     model = exported(unet, inputs)
     graphs.finish(model)
-    # The counter sees attention as diffusers runs it, in one fused operator.
     assert flops.count(model, 2).operations == pytest.approx(counted(UNetGraph(unet), inputs), rel=0.02)
