@@ -69,7 +69,10 @@ def section(report: Mapping[str, Any]) -> str:
         return ""
     failed = sum(not entry["passed"] for entry in entries)
     verdicts = {True: "passed", False: '<b class="bad">failed</b>'}
-    rows = [[escape(entry["gate"]), escape(gates.measured(entry)), verdicts[entry["passed"]]] for entry in entries]
+    rows = [
+        [escape(entry["gate"]), escape(gates.measured(entry).removeprefix("measured ")), verdicts[entry["passed"]]]
+        for entry in entries
+    ]
     title = f"{failed} of {len(entries)} gates failed" if failed else "Every gate passed"
     mark = " failed" if failed else ""
-    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "", ""], rows)}</aside>'
+    return f'<aside class="gates{mark}"><h3>{title}</h3>{scrolling(["gate", "measured", ""], rows)}</aside>'

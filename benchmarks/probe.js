@@ -4,10 +4,13 @@
 
 const SMALLEST = 10, SLACK = 1.5, AA = 4.5, AA_LARGE = 3;  // pixels, pixels, and WCAG 2.2's contrast ratios
 
-document.querySelector("iframe").addEventListener("load", ({target}) => {
+document.querySelector("iframe").addEventListener("load", async ({target}) => {
   const page = target.contentDocument, view = target.contentWindow;
   const height = page.documentElement.scrollHeight;
   page.querySelectorAll("details").forEach(one => { one.open = true; });
+  // Words of a drawing take their final size a moment after the drawing has.
+  await page.fonts.ready;
+  await new Promise(done => setTimeout(done, 100));
   const faults = [...overflow(page, view), ...empty(page), ...sizeless(page), ...texts(page, view), ...drawings(page)];
   const scrolled = [...page.querySelectorAll(".scroll, pre")].filter(one => one.scrollWidth > one.clientWidth + 1).map(named);
   const seen = {height, width: view.innerWidth, faults: [...new Set(faults)], scrolled, sliders: sliders(page, view)};

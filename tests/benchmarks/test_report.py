@@ -1,4 +1,3 @@
-import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -128,7 +127,7 @@ def test_gates_stand_before_the_pictures(made_up_report: dict[str, Any], picture
     page = render(made_up_report, pictures)
     checked(page)
     assert page.index("7.0× faster") < page.index("1 of 2 gates failed") < page.index("<h2>Pictures")
-    assert "measured 0.95" in page
+    assert ">0.95<" in page
 
 
 def test_only_the_row_itself_is_bold() -> None:
