@@ -1,3 +1,4 @@
+import re
 from html.parser import HTMLParser
 from typing import Any
 
