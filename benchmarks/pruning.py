@@ -1,20 +1,19 @@
 """Every way of pruning `shapes`: `python -m diffpress.benchmarks.pruning [--quick] --json FILE`.
 
 Each row is a recipe, run in a process of its own, so that its memory is its own; its denoiser is exported and draws the
-same prompts and seeds as the whole one in the same inference library. Rows are made two at a time, a thread each, and
-kept in the work folder; times of calls are taken in the end, alone and alternating. Goes on where it was stopped.
+same prompts and seeds as the whole one in the same inference library. Rows are made one after the other, since they
+find in a common folder what earlier ones measured, and kept in the work folder; times of calls are taken in the end,
+alone and alternating. Goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,6 @@ from diffpress.runtime.program import open_denoiser
 STEPS, IMAGES, ROUNDS = 20, 100, 15
 DRAWS, TIMED = "openvino", "onnxruntime"  # in FP32: what draws, and what a call is timed in
 CALIBRATION = {"prompts": 16, "steps": 10}
-WORKERS = 2
 DISTILL = {"distill": {"iterations": 1000, "rate": 2e-5}}
 REFERENCE = "fp32"
 
@@ -155,9 +153,8 @@ def made(name: str, row: Row, place: Path, steps: int) -> dict[str, Any]:
     """The row's entry without what drawing tells, from an earlier run or from a process of its own."""
     folder, scratch = place / file_name(name) / "unet", place / "unfinished"
     task = {"recipe": row.document(name), "steps": steps, "folder": str(folder), "scratch": str(scratch)}
-    threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
     file, what = place / f"{file_name(name)}.json", f"row '{name}'"
-    found = isolated.kept(file, "diffpress.benchmarks.pruning", task, what, OMP_NUM_THREADS=threads)
+    found = isolated.kept(file, "diffpress.benchmarks.pruning", task, what, OMP_NUM_THREADS="1")
     return {"name": name, "group": row.group, **found}
 
 
@@ -251,8 +248,7 @@ def main() -> None:
     folder = place / "export"
     if not folder.exists():
         api.compress("shapes", "fp32", folder, steps=STEPS, quiet=True)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        entries = list(pool.map(partial(made, place=place, steps=STEPS), rows, rows.values()))
+    entries = [made(name, row, place, STEPS) for name, row in rows.items()]
     shared = sharing(rows)
     entries = [entry | {"seconds_shared": entry["name"] in shared} for entry in entries]
     exported, judging = Pipeline.load(folder, DRAWS, "fp32"), scores.Judging(chosen)

@@ -123,7 +123,7 @@ def test_a_graph_that_cannot_be_counted_is_timed(handmade: Bundle, monkeypatch: 
 
 
 def counted(module: Any, inputs: dict[str, torch.Tensor]) -> int:
-    # torch's counter knows not every fused attention: as plain products it sees all of them.
+    # The fused kernels of CPUs are not known to the counter.
     with graphs.plain_attention(module.unet), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs.values())
     return counter.get_total_flops()

@@ -114,11 +114,9 @@ def test_int8_in_torch_is_near_int8_in_the_graph(ground: Ground) -> None:
     assert np.mean(found) == pytest.approx(record["quality"]["latent_rel_l2"], rel=0.25)
 
 
-@pytest.mark.parametrize(
-    "passes", [[], [{"cache": {"interval": 2}}], [{"schedule": {"steps": 3}}], [{"guidance": {"every": 2}}]]
-)
-def test_operations_are_those_of_the_graphs(passes: list[Any], ground: Ground, tmp_path: Path) -> None:
-    work = worked(ground, passes)
+def test_operations_are_those_of_the_graphs(ground: Ground, tmp_path: Path) -> None:
+    work = worked(ground, [{"schedule": {"steps": 4}}, {"guidance": {"every": 2}}, {"cache": {"interval": 2}}])
+    assert len(set(work.program.steps)) == 2 and len(set(map(work.program.guided, range(4)))) == 2
     files = ship.variants(work.pipeline, work.plan(), tmp_path / "unet", work.progress)
     program = work.program
     exact = sum(
@@ -142,8 +140,6 @@ def test_a_hopeless_trial_is_not_exported(ground: Ground) -> None:
     record = trial.run(task(ground, recipe, rivals=rivals, proxy=True))
     assert record["state"] == "hopeless" and "where other has 9.0x at 1e-06" in record["message"]
     assert not trial.folder_of(ground.place, recipe).exists()
-    kept = trial.run(task(ground, recipe, rivals=rivals, proxy=False))
-    assert kept["state"] == "measured"
 
 
 def test_only_what_is_clearly_better_in_both_ends_a_trial(ground: Ground) -> None:
