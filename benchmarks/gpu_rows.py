@@ -11,7 +11,8 @@ from diffpress.api import SHAPES_GUIDANCE
 from diffpress.errors import DiffpressError
 from diffpress.runtime import backends, tensor_rt
 
-REFERENCE, PLAIN, CACHED, EIGHT, TOGETHER = "reference", "uncompressed", "cached", "8-bit", "together"
+REFERENCE, PLAIN, CACHED, EIGHT = "reference", "uncompressed", "cached", "8-bit"
+PRUNED, TOGETHER = "pruned", "together"
 FP8_FROM = 89  # compute capability times ten: Ada Lovelace and Hopper are the first with products of E4M3
 EAGER, COMPILED = "diffusers", "diffusers compiled"
 LIBRARIES = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
@@ -38,15 +39,22 @@ MODELS = {
 _CACHE: Mapping[str, Any] = {"cache": {"interval": 3, "branch": 0}}
 _INT8: Mapping[str, Any] = {"quantize": {"format": "int8"}}
 _FP8: Mapping[str, Any] = {"quantize": {"format": "fp8"}}
-# What is compressed, by the name of its rows, with their group and passes; pruned ones come with the pass that makes
-# them. What is not quantized is in half precision.
+_CUT: Mapping[str, Any] = {
+    "prune-structured": {"ratio": 0.2, "allocation": "uniform", "budget": "balanced", "norm_groups": "even"}
+}
+_TWO_OF_FOUR: Mapping[str, Any] = {"prune-nm": {"refine": 0}}
+# What is compressed, by the name of its rows, with their group and passes. What is not quantized is in half precision.
 RECIPES: Mapping[str, tuple[str, tuple[Mapping[str, Any], ...]]] = {
     "fp16": (PLAIN, ()),
     "fp16, cached": (CACHED, (_CACHE,)),
     "int8": (EIGHT, (_INT8,)),
     "fp8": (EIGHT, (_FP8,)),
+    "fp16, 20 % pruned": (PRUNED, (_CUT,)),
+    "fp16, 2:4": (PRUNED, (_TWO_OF_FOUR,)),
+    "int8, 2:4": (TOGETHER, (_TWO_OF_FOUR, _INT8)),
     "int8, cached": (TOGETHER, (_INT8, _CACHE)),
     "fp8, cached": (TOGETHER, (_FP8, _CACHE)),
+    "int8, 20 % pruned, cached": (TOGETHER, (_CUT, _INT8, _CACHE)),
 }
 FLOAT = "fp32"
 QUICK = ("fp16", "int8, cached")

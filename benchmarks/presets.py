@@ -42,7 +42,7 @@ def rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
     for name, report in reports.items():
         own = report["quality"]
-        bits = 8 if name in ("int8", "cachequant", "balanced", "fast") else 32
+        bits = 8 if any(done["name"] == "quantize" for done in report["passes"]) else 32
         made.append(
             {
                 "name": name,

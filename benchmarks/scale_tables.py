@@ -60,6 +60,20 @@ def _elsewhere(name: str, stages: Mapping[str, Mapping[str, Any]], document: Map
     ]
 
 
+def pruning() -> str:
+    """Minutes and peak memory of pruning a fifth of the denoiser's parameters by structure, a model a line."""
+    rows = _rows(_document())
+    lines = ["| a fifth of the parameters pruned | U-Net | left | | peak memory |", "|---|--:|--:|--:|--:|"]
+    for model, name in MODELS.items():
+        if (model, "prune") in rows:
+            row, whole = rows[model, "prune"], rows[model, "create"]["parameters"]["unet"]
+            of = f"{row['prompts']} prompt{'s' if row['prompts'] > 1 else ''} × {row['steps']} steps"
+            cells = [f"{count / 1e6:.0f} M" for count in (whole, row["parameters"])]
+            cells += [f"{row['seconds'] / 60:.1f} min", f"{row['peak_rss_bytes'] / 1e9:.1f} GB"]
+            lines.append(f"| {name}, {of} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def engines() -> str:
     """Bytes of the denoiser's engine by format, a model a line."""
     rows = _rows(_document())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import caching_tables, peers_tables, scale_tables, steps_tables, verdict
+from diffpress.benchmarks import caching_tables, peers_tables, pruning_tables, scale_tables, steps_tables, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -302,11 +302,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers_all": peers_tables.peers_all,
     "peers_claims": peers_tables.claims,
     "presets": presets,
+    "pruning": pruning_tables.pruning,
+    "pruning_all": pruning_tables.pruning_all,
+    "pruning_claims": pruning_tables.claims,
     "quantization": quantization,
     "quantization_all": quantization_all,
     "quantization_claims": quantization_claims,
     "scale": scale_tables.scale,
     "scale_engines": scale_tables.engines,
+    "scale_pruning": scale_tables.pruning,
     "shapes": shapes,
     "shapes_claims": shapes_claims,
     "steps": steps_tables.steps,
@@ -318,7 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
 PLOTS = {"steps.svg": steps_tables.plot, "caching.svg": caching_tables.plot}
-DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", *PLOTS)]
+DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", "pruning.md", *PLOTS)]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *DOCS, *RECIPES)
 
 

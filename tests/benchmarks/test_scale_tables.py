@@ -35,3 +35,9 @@ def test_stages_add_up_and_engines_are_shares_of_the_first(tmp_path: Path, monke
     assert scale_tables.engines().splitlines()[2:] == [
         "| Stable Diffusion 1.5, sm89 | 1800 MB (100%) | 900 MB (50%) | – |"
     ]
+    rows.append({"model": "sd15", "stage": "prune", "prompts": 2, "steps": 4, "parameters": 688e6})
+    rows[-1] |= {"seconds": 120, "peak_rss_bytes": 11e9}
+    (tmp_path / "scale.json").write_text(json.dumps(document))
+    assert scale_tables.pruning().splitlines()[2:] == [
+        "| Stable Diffusion 1.5, 2 prompts × 4 steps | 860 M | 688 M | 2.0 min | 11.0 GB |"
+    ]

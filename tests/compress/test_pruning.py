@@ -173,11 +173,12 @@ def test_weights_leave_where_that_does_least(fresh: Fresh, network: Any) -> None
     assert len({round(share, 1) for share in shares.values()}) > 1 and error(spread, network) < error(even, network)
 
 
-def test_two_of_four_input_channels_at_every_place_and_zeros_stay_in_int8(fresh: Fresh) -> None:
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_two_of_four_input_channels_at_every_place_and_zeros_stay_in_8_bits(fresh: Fresh, format: str) -> None:
     work = fresh()
     said = PruneNMPass().apply(work)
     assert said.startswith("50.0% of the weights of ")
-    QuantizePass(format="int8", exclude=()).apply(work)
+    QuantizePass(format=format, exclude=()).apply(work)
     for name, layer in layers("", work, None)[0].items():
         weight = layer.weight.flatten(1)
         assert layer.weight.shape[1] % 4 == 0
