@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from diffpress import gates
 from diffpress.benchmarks.markup import scrolling
-from diffpress.errors import GateError
+from diffpress.benchmarks.networks import CLIP, FRECHET, LPIPS, SOURCES
+from diffpress.errors import DiffpressError, GateError
 from diffpress.gates import METRICS, Gate
 
 
@@ -17,6 +19,21 @@ def gathered(manifest: Mapping[str, Any], given: Iterable[str] = ()) -> list[Gat
     """The gates of a bundle's recipe, then those given, each once; raises `DiffpressError` for one that is none."""
     own = manifest.get("recipe", {}).get("gates", ())
     return list(dict.fromkeys(gates.parse(text) for text in (*own, *given)))
+
+
+def check_measurable(chosen: Iterable[Gate], shapes: bool, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `DiffpressError` for a gate that `compress` could not judge when all its work is done.
+
+    It has no options for networks: those of the environment judge, and for `shapes` those it comes with.
+    """
+    given = {name: source.path(None, environment) for name, source in SOURCES.items()}
+    for gate in chosen:
+        need = {"lpips": LPIPS, "clip": CLIP, "frechet": FRECHET}.get(gate.metric)
+        if gate.metric == "attribute_accuracy" and not shapes:
+            raise DiffpressError(f"gate '{gate}': {METRICS[gate.metric].absent}")
+        if need and given[need] is None and (need == LPIPS or not shapes):
+            source = SOURCES[need]
+            raise DiffpressError(f"gate '{gate}' needs a network: set {source.variable} to {source.what}")
 
 
 def judge(report: Mapping[str, Any], chosen: Sequence[Gate]) -> dict[str, Any]:

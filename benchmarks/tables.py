@@ -86,8 +86,7 @@ def presets() -> str:
             _cell(row["attribute_accuracy"], ".1%"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    machine = data["machine"]
-    where = ", ".join(str(value) for key, value in machine.items() if key in ("processor", "cores", "system") and value)
+    where = f"{data['machine']['processor']}, {data['machine']['cores']} cores"
     lines += ["", f"{data['images']} images of held-out captions, {data['sampling']['scheduler']}; {where}."]
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ from diffpress.plan import LayerQuant, MadeFor, Plan
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
+MADE = ["compress", "there", "--recipe", "int8", "--output", "b"]
 SEARCH = ["search", "shapes", "--space", "default", "--budget", "speedup >= 6", "--output", "b"]
 
 
@@ -80,6 +81,9 @@ def refused(capsys: Capture, *words: str | Path) -> str:
         (["bench", "b", "--against", "shapes", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (["bench", "b", "--against", "shapes", "--gate", "beauty > 1"], "nothing measures 'beauty'; metrics: speedup,"),
         (["compress", "shapes", "--recipe", "int8", "--output", "b", "--gate", "speedup 3"], "gate 'speedup 3' is not"),
+        ([*MADE, "--gate", "clip >= 0%"], "'clip >= 0%' needs a network: set DIFFPRESS_CLIP_MODEL to a CLIP's folder"),
+        ([*MADE, "--gate", "lpips <= 1"], "'lpips <= 1' needs a network: set DIFFPRESS_LPIPS_WEIGHTS"),
+        ([*MADE, "--gate", "attribute_accuracy >= 0"], "only the captions of 'shapes'"),
         (["compress", "shapes", "--recipe", "bad.yaml", "--output", "b"], "gate 'clip >= high' is not understood"),
         (["compare"], "required: RUN"),
         (["compare", "there"], "two runs or more"),

@@ -26,8 +26,8 @@ TEACHING = {
         "compress a pipeline into a bundle",
         """  diffpress compress ./stable-diffusion-v1-5 --recipe balanced --output sd15/
 makes sd15/: INT8 graphs, cached steps and everything that 'diffpress run' needs. Recipes: fp32 (export only), int8,
-cache, balanced, or a YAML file of your own. With --target sm89 the engines for that GPU are built as well.
---gate "speedup >= 3" --gate "clip >= -0.2%" measures the bundle afterwards; one that fails exits with code 3.""",
+cache, cachequant, balanced, fast, or a YAML file of your own. With --target sm89 the engines for that GPU are built as
+well. --gate "speedup >= 3" --gate "psnr >= 30" measures the bundle afterwards; one that fails exits with code 3.""",
     ),
     "build": (
         "build a bundle's TensorRT engines, without a GPU",
@@ -47,7 +47,7 @@ with --mask hole.png only where that is white. Needs numpy and one inference lib
         "pack what one kind of target needs of a bundle into a file",
         """  diffpress pack sd15/ --target sm87 -o box.tar
 The target takes diffpress, a backend and this file: diffpress run box.tar "a lighthouse at dusk" -o out.png
-It holds the target's engines, or its graphs where only the target builds (Jetson Orin's sm87, data-centre GPUs):
+It holds the target's engines, or its graphs where only the target builds (Jetson Orin's sm87, Hopper's sm90):
 then the first start builds, once. --target cpu packs the graphs for ONNX Runtime and OpenVINO.""",
     ),
     "unpack": (

@@ -143,6 +143,7 @@ def _compress(options: argparse.Namespace) -> None:
         from diffpress.engines.preflight import check_targets
 
         check_targets(options.target)
+    _check_gates(options)
     from diffpress import api
 
     _hide_bars(options)
@@ -171,6 +172,16 @@ def _compress(options: argparse.Namespace) -> None:
             f"{shlex.quote(str(options.output))} --against {shlex.quote(options.model)}"
         )
     _measure(options.output, options.model, options.images, options.quiet)
+
+
+def _check_gates(options: argparse.Namespace) -> None:
+    """Gates that nothing here can judge are refused before the work and not after it."""
+    from diffpress.benchmarks import gates as judged
+    from diffpress.calibration import model
+    from diffpress.compress import recipe
+
+    limits = [gates.parse(text) for text in (*recipe.load(options.recipe).gates, *options.gate)]
+    judged.check_measurable(limits, model.is_shapes(options.model))
 
 
 def _show_made(made: bundle.Bundle, output: Path, source: str) -> None:
