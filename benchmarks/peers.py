@@ -38,6 +38,7 @@ from diffpress.benchmarks.peers_worker import Task
 from diffpress.benchmarks.recipe_rows import file_name
 from diffpress.calibration.model import SHAPES
 from diffpress.errors import DiffpressError
+from diffpress.runtime.lock import locked
 
 IMAGES, QUICK_IMAGES = 192, 16
 ROUNDS = {SHAPES: 15, CALL: 5}
@@ -180,11 +181,15 @@ def task(contender: Contender, model: Model, work: Path, texts: Sequence[str]) -
 
 
 def starting(work: Path, texts: Sequence[str]) -> Start:
-    """Starts contenders in their environments, with as many threads as there are cores for every library."""
-    source = str(Path(diffpress.__file__).parents[1])
-    environ = os.environ | ENVIRON | {
-        "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": str(cores()),
+    """Starts contenders in their environments; every library takes the threads that it takes by itself."""
+    # The package alone, and not what is installed beside it, which would hide an environment's own versions.
+    place, package = work / "path", Path(diffpress.__file__).parent
+    place.mkdir(exist_ok=True)
+    if not (place / package.name).exists():
+        (place / package.name).symlink_to(package)
+    # Threads that somebody allowed this process are not theirs.
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | ENVIRON | {
+        "PYTHONPATH": os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
     }  # fmt: skip
 
@@ -198,12 +203,6 @@ def starting(work: Path, texts: Sequence[str]) -> Start:
         return Worker(command, log, environ, LIMIT_S)
 
     return start
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def run(
@@ -260,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.retry,
     )
     try:
-        run(bench, [models[name] for name in options.model], work / VENVS, options.json, quick)
+        with locked(work / ".lock", "comparing in the same folder"):
+            run(bench, [models[name] for name in options.model], work / VENVS, options.json, quick)
     except DiffpressError as error:
         parser.exit(error.exit_code, f"{error}\n")
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffpress.benchmarks import candidates, prompts, scores
+from diffpress.benchmarks import candidates, machine, peers_ours, prompts, scores
 from diffpress.benchmarks.gpu_launch import Failed
 from diffpress.benchmarks.latency import alternate
-from diffpress.benchmarks.peers_link import Answers
+from diffpress.benchmarks.peers_link import Answers, whole
 from diffpress.benchmarks.peers_rows import CALL, CONVERGED, REFERENCE, Contender, Model, signal_and_noise
 from diffpress.benchmarks.recipe_rows import file_name
 
@@ -52,7 +51,21 @@ class Bench:
         """What was found of a row, in this run or an earlier one."""
         file = self.file(kind, model, contender, schedule)
         found: Found | None = json.loads(file.read_text("utf-8")) if file.exists() else None
-        return found
+        return None if found is None or found.get("of") != self.of(model, self.contenders[contender]) else found
+
+    def keep(self, kind: str, model: Model, contender: Contender, schedule: str, found: Mapping[str, Any]) -> None:
+        """Keep what was found of a row, with what it is of."""
+        file, of = self.file(kind, model, contender.name, schedule), self.of(model, contender)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole(file, lambda part: part.write_text(json.dumps({**found, "of": of}), "utf-8"))
+
+    def of(self, model: Model, contender: Contender) -> str:
+        """Names what a row is of: a contender as it is set up now, the schedules, versions, and for ours the code."""
+        schedules = {name: asdict(schedule) for name, schedule in model.schedules.items()}
+        own = [asdict(contender), schedules, machine.versions()]
+        if "recipe" in contender.options:
+            own.append(peers_ours.code(contender.options["recipe"]))
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
     def missing(self, kind: str, model: Model, contender: Contender) -> list[str]:
         """The schedules of which something is still to be found."""
@@ -78,9 +91,9 @@ class Bench:
                 with self.opened(contender, model) as worker:
                     while missing:
                         found = self._show(worker, model, contender, missing[0])
-                        write(self.file("rows", model, contender.name, missing.pop(0)), found)
+                        self.keep("rows", model, contender, missing.pop(0), found)
             except Failed as error:  # the next schedule has a process that nothing has happened to
-                write(self.file("rows", model, contender.name, missing.pop(0)), {"reason": str(error)})
+                self.keep("rows", model, contender, missing.pop(0), {"reason": str(error)})
 
     def _show(self, worker: Answers, model: Model, contender: Contender, schedule: str) -> Found:
         """Facts of a row; what it drew, or the outputs of its calls, are in a file then."""
@@ -124,7 +137,8 @@ class Bench:
             text = generator.normal(size=(2, *model.text))
             samples = [np.repeat(a * image + b * noise, 2, 0) for a, b in signal_and_noise(model, timesteps)]
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(file, samples=np.array(samples, np.float32), text=text.astype(np.float32), timesteps=timesteps)
+            arrays = {"samples": np.array(samples, np.float32), "text": text.astype(np.float32)}
+            whole(file, lambda part: np.savez(part, **arrays, timesteps=timesteps))
         return file
 
     def wanted(self, model: Model, timesteps: Sequence[float]) -> np.ndarray:
@@ -149,16 +163,20 @@ class Bench:
         ]
         if not missing:
             return
+        reference: Answers | None = None
         try:
             with self.opened(contender, model) as worker:
-                calls = {REFERENCE: self._turn(beside(), model, next(iter(model.schedules)))}
+                reference = beside()
+                calls = {REFERENCE: self._turn(reference, model, next(iter(model.schedules)))}
                 calls |= {name: self._turn(worker, model, name) for name in missing}
                 times = alternate(calls, self.rounds[model.name], clock=_as_said)
             found: dict[str, Found] = {name: {"own": times[name], "reference": times[REFERENCE]} for name in missing}
         except Failed as error:
+            if reference is not None and not reference.alive:
+                return  # which is not the contender's fault: the next run times it
             found = {name: {"reason": str(error)} for name in missing}
         for name, entry in found.items():
-            write(self.file("times", model, contender.name, name), entry)
+            self.keep("times", model, contender, name, entry)
 
     def _turn(self, worker: Answers, model: Model, schedule: str) -> Callable[[int], float]:
         """A function of the round: the milliseconds that the worker says an image, or a call, took."""
@@ -178,11 +196,3 @@ def _as_said(call: Callable[[], object]) -> float:
     said = call()
     assert isinstance(said, float)
     return said
-
-
-def write(file: Path, content: Mapping[str, Any]) -> None:
-    """Put a JSON file in place, whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content), "utf-8")
-    os.replace(part, file)

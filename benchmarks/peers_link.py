@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -93,7 +93,14 @@ class Worker:
             self._process.wait()
 
 
-def serve(handle: Callable[[str, dict[str, Any]], dict[str, Any]], asked: IO[str], answered: IO[str]) -> None:
+def whole(file: Path, save: Callable[[Path], object]) -> None:
+    """Put a file in place that `save` writes to the path it is given: all of it, or nothing."""
+    part = file.with_name(f"part-{file.name}")
+    save(part)
+    part.replace(file)
+
+
+def serve(handle: Callable[[str, dict[str, Any]], dict[str, Any]], asked: Iterable[str], answered: IO[str]) -> None:
     """Answer questions until there are none."""
     for line in asked:
         message = json.loads(line)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+import diffpress
 from diffpress import api
 from diffpress import bundle as bundles
 from diffpress.benchmarks.candidates import Candidate
 from diffpress.benchmarks.latency import alternate
+from diffpress.benchmarks.peers_link import whole
 from diffpress.benchmarks.peers_rows import CALLS, SCHEDULES
 from diffpress.benchmarks.peers_worker import Facts, Task
 from diffpress.benchmarks.quantization import bits
@@ -54,13 +60,18 @@ class Ours:
     def _open(self, schedule: str) -> tuple[Pipeline, Facts]:
         name = file_name(f"{self._task.options['recipe']} {schedule}")
         folder = self._task.place / "bundles" / name
-        if not (folder / bundles.MANIFEST).exists():
+        made, own = folder.with_name(f"{name}.json"), code(self._task.options["recipe"])
+        if not made.exists() or json.loads(made.read_text("utf-8"))["of"] != own:
+            for old in folder.parent.glob(f"{name}-*-backend.json"):
+                old.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
             start = time.perf_counter()
             file = folder.with_name(f"{name}.yaml")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(yaml.safe_dump(document(self._task, schedule)), "utf-8")
             api.compress(self._task.source, str(file), folder, quiet=True)
-            folder.with_name(f"{name}.json").write_text(json.dumps({"seconds": time.perf_counter() - start}))
+            took = {"seconds": time.perf_counter() - start, "of": own}
+            whole(made, lambda part: part.write_text(json.dumps(took), "utf-8"))
         bundle = bundles.read(folder)
         backend, precision = self._choice(bundle)
         pipeline = Pipeline.load(bundle, backend, precision)
@@ -77,7 +88,7 @@ class Ours:
             "bits_a": bits_a,
             "params": bundle.manifest["model"]["parameters"],
             "bytes": bundle.manifest["sizes"]["denoiser_compressed"],
-            "seconds": json.loads(folder.with_name(f"{name}.json").read_text("utf-8"))["seconds"],
+            "seconds": json.loads(made.read_text("utf-8"))["seconds"],
             "deploys": True,
         }
 
@@ -99,6 +110,16 @@ class Ours:
             file.write_text(json.dumps(chosen))
         backend, precision = json.loads(file.read_text("utf-8"))
         return backend, precision
+
+
+@cache
+def code(recipe: str) -> str:
+    """A digest of a preset and of all that makes and runs its bundles, which are made anew where it changes."""
+    found = hashlib.sha256(presets()[recipe].read_bytes())
+    for folder in ("calibration", "compress", "export", "runtime"):
+        for file in sorted((Path(diffpress.__file__).parent / folder).rglob("*.py")):
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def document(task: Task, schedule: str) -> dict[str, Any]:

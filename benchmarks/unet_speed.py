@@ -1,4 +1,4 @@
-"""One call of a U-Net of Stable Diffusion 1.5's size, FP32 against INT8: `python -m diffpress.benchmarks.unet_speed --json FILE`.
+"""A call of a U-Net of SD 1.5's size, FP32 against INT8: `python -m diffpress.benchmarks.unet_speed --json FILE`.
 
 The weights are random, so nothing is said about quality; the arithmetic and the sizes are the real ones. The graphs of
 a backend take turns in one process. Beside them stand the ceilings of this machine: large matrix products in int8, bf16

@@ -28,8 +28,8 @@ from diffpress.plan import StepProgram
 from diffpress.runtime import external, matching
 
 CPU = "cpu"
-# What TensorRT for RTX builds without a GPU. For every other target, Jetson Orin (sm87) and Hopper (sm90) among them, only
-# the full TensorRT builds, and only on the target.
+# What TensorRT for RTX builds without a GPU. For every other target, Jetson Orin (sm87) and Hopper (sm90) among them,
+# only the full TensorRT builds, and only on the target.
 BUILT_HERE = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 OLDEST = 75
 IMAGE_TO_IMAGE = "vae_encoder"  # the component that only image-to-image and inpainting need

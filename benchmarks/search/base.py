@@ -24,13 +24,13 @@ PLAIN = "fp32"
 class Base:
     """Which backend runs which precision of the space, and the export in FP32 that trials are timed beside."""
 
-    backends: Mapping[str, str]  # by precision, the fastest first
+    backends: Mapping[str, str]  # by precision, the preferred first
     export: str  # its backend
     eager: float  # how many times faster than diffusers it is
 
     @property
     def preferred(self) -> str:
-        """The fastest precision."""
+        """The precision that the first recipes are tried in: the fastest where the search began."""
         return next(iter(self.backends))
 
 
@@ -48,17 +48,36 @@ def measure(ground: Ground, space: Space) -> Base:
     file, host = ground.place / "base.json", socket.gethostname()
     known: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if known.get("host") != host:
-        pipelines: dict[str, Any] = {"": ground.eager}
-        pipelines |= {" ".join(pair): ground.exported(*pair) for pair in pairs(space)}
-        texts = ground.prompts.texts
-        times = alternate({name: speed.single(one, texts) for name, one in pipelines.items()}, ROUNDS)
-        ratios = {name: paired_ratio(times[""], own) for name, own in times.items() if name}
-        known = {"host": host, "faster": dict(sorted(ratios.items(), key=lambda item: -item[1]))}
-        write(file, json.dumps(known, indent=1).encode())
+        known = {**known, "host": host, "faster": _faster(ground, space)}
     fastest: dict[str, str] = {}
     for name in known["faster"]:
         backend, precision = name.split()
         fastest.setdefault(precision, backend)
-    export = fastest[PLAIN]
     own = {name: backend for name, backend in fastest.items() if name in (space.precision or fastest)}
-    return Base(own, export, known["faster"][f"{export} {PLAIN}"])
+    # Where a search began decides what its first recipes are tried in, on whichever machine it goes on.
+    preferred = known.setdefault("preferred", next(iter(own), PLAIN))
+    if PLAIN not in fastest or preferred not in own:
+        lacking = preferred if PLAIN in fastest else PLAIN
+        raise DiffpressError(f"no backend here draws whole images of this model in {lacking}, which the search needs")
+    write(file, json.dumps(known, indent=1).encode())
+    own = {preferred: own[preferred], **own}
+    return Base(own, fastest[PLAIN], known["faster"][f"{fastest[PLAIN]} {PLAIN}"])
+
+
+def _faster(ground: Ground, space: Space) -> dict[str, float]:
+    """How many times faster than diffusers the export is, by "backend precision", the fastest first.
+
+    One is open at a time, since a large model fits once; those that fail, or draw broken images, are left out.
+    """
+    texts, ratios = ground.prompts.texts, dict[str, float]()
+    for pair in pairs(space):
+        try:
+            exported = ground.exported(*pair)
+            if exported(texts[:1], [0]).problem is not None:
+                continue
+        except DiffpressError:
+            continue
+        times = alternate({"": speed.single(ground.eager, texts), "own": speed.single(exported, texts)}, ROUNDS)
+        ratios[" ".join(pair)] = paired_ratio(times[""], times["own"])
+        del exported
+    return dict(sorted(ratios.items(), key=lambda item: -item[1]))

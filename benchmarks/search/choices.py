@@ -97,7 +97,9 @@ class Choice:
 
     def parameter(self, value: Any) -> str | None:
         """What the search calls `value`; None where it is the only one."""
-        return None if len(self.values) == 1 else json.dumps(plain(value))
+        if len(self.values) == 1:
+            return None
+        return json.dumps(next(own for own in self.values if plain(own) == plain(value)))  # 2 where the value is 2.0
 
 
 @dataclass(frozen=True)

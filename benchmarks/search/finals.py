@@ -33,11 +33,23 @@ def select(records: Sequence[Record], first: Sequence[str], loss: Loss, budgets:
     Within the limits comes before outside, the front before its neighbours; and the nearest to the limits is there.
     """
     points = [(objective.speed(record), loss.of(record)) for record in records]
-    best, near = (objective.front(points, margin) for margin in (0.0, MARGIN))
+    inside = [i for i, record in enumerate(records) if objective.keeps(budgets, record)]
+    best, near = (
+        # Of limits on something else the front of all says nothing: those within them have a front of their own.
+        {*objective.front(points, margin), *(inside[i] for i in objective.front([points[i] for i in inside], margin))}
+        for margin in (0.0, MARGIN)
+    )
     order = sorted(near, key=lambda i: (not objective.keeps(budgets, records[i]), i not in best, points[i][1]))
     chosen = set(order[:MOST])
     if records:
         chosen.add(objective.nearest(records, budgets))
+    # A trial has a part of the cores: one that keeps the limits with room to spare may be all that keeps them alone.
+    slower = [
+        {**record, "speedup": {name: ratio * (1 - 2 * MARGIN) for name, ratio in record["speedup"].items()}}
+        for record in records
+    ]
+    if (safe := objective.choose(slower, loss, budgets)) is not None:
+        chosen.add(safe)
     return [record for i, record in enumerate(records) if i in chosen or record["key"] in first]
 
 

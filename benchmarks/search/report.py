@@ -17,6 +17,7 @@ from diffpress.benchmarks.search.trial import MEASURED
 from diffpress.benchmarks.search.workers import Record
 from diffpress.gates import Gate
 
+CLEARLY = 0.01  # of its loss, by which one has to be beaten
 Finalist = dict[str, Any]
 
 
@@ -88,7 +89,8 @@ def _beaten(finalists: Sequence[Finalist], first: Mapping[str, str]) -> list[dic
         better = [
             entry
             for entry in finalists
-            if objective.speed(entry) >= objective.speed(own) and entry["loss"] < own["loss"]
+            if objective.speed(entry) >= objective.speed(own)
+            if entry["loss"] < own["loss"] - CLEARLY * abs(own["loss"])
             if entry["key"] not in first
         ]
         best = min(better, key=lambda entry: entry["loss"], default=None)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+import diffpress
 from diffpress import bundle as bundles
 from diffpress.benchmarks import document
 from diffpress.benchmarks.search import base as bases
@@ -34,6 +35,7 @@ from diffpress.paths import write
 
 SETTINGS, STUDY = "search.json", "study.sqlite3"
 REPORT, PAGE, RECIPE, BUNDLE = "report.json", "report.html", "recipe.yaml", "bundle"
+IMPLIED = {"speedup", "speedup_vs_uncompressed", "latent_error", "latent_error_median"}
 WORKERS = 4  # on this machine, where nobody says how many
 
 
@@ -70,7 +72,7 @@ def search(model: str, space: str, output: Path, asked: Asked, quiet: bool = Fal
         base = _begun(settings, opened, output, quiet)
         found = Search(
             space=opened,
-            precisions=list(base.backends),
+            precisions=sorted(base.backends),
             first=first,
             preferred=base.preferred,
             loss=LOSSES[asked.minimise],
@@ -120,9 +122,12 @@ def _claimed(
     from diffpress.runtime.lock import locked
 
     file, fresh = output / SETTINGS, not output.exists()
-    if output.exists() and not file.is_file() and (not output.is_dir() or any(output.iterdir())):
+    # A search that was killed before it wrote its settings left a lock alone.
+    empty = output.is_dir() and all(one.name.startswith(".") for one in output.iterdir())
+    if not (fresh or empty or file.is_file()):
         raise DiffpressError(f"{output} exists already and holds no search: choose another --output")
     own = {
+        "version": diffpress.__version__,
         "model": digest(settings.model),
         "settings": asdict(settings),
         "space": space.model_dump(mode="json"),
@@ -139,6 +144,8 @@ def _claimed(
                 f"{output} holds a search with another {other}: choose another --output, or ask for the same"
             )
         write(file, json.dumps(own, indent=1).encode())
+        for left in output.glob(".*.partial"):  # of bundles that a killed process was writing
+            shutil.rmtree(left, ignore_errors=True)
         try:
             yield
         except DiffpressError:
@@ -172,13 +179,21 @@ def _workers(asked: Asked, output: Path) -> Workers:
 def _try(found: Search, asked: Asked, settings: Settings, base: Base, output: Path, quiet: bool) -> None:
     """The trials; what can no longer reach the finals loses its graphs."""
     records = found.records
+    # Who is beaten in speed and error misses limits on them, too; other limits it may be the first to keep.
+    others = [gate for gate in asked.budgets if gate.metric not in IMPLIED]
     first = {trial.key_of(document_of(recipe)) for recipe in found.first.values()}
     running: dict[str, str] = {}  # key of a trial -> that of its recipe, whose graphs another trial may have made
 
     def task_of(suggestion: Record) -> dict[str, Any]:
+        if suggestion["precision"] not in base.backends:
+            raise DiffpressError(f"this search was begun where {suggestion['precision']} runs, which it does not here")
         running[suggestion["key"]] = trial.key_of(suggestion["recipe"])
         names = ("key", "precision", "operations", "quantized", "errors")
-        rivals = [{name: one[name] for name in names} | {"speedup": objective.speed(one)} for one in records.measured()]
+        rivals = [
+            {name: one[name] for name in names} | {"speedup": objective.speed(one)}
+            for one in records.measured()
+            if objective.keeps(others, one)
+        ]
         return {
             **suggestion,
             "backend": base.backends[suggestion["precision"]],
@@ -201,9 +216,9 @@ def _try(found: Search, asked: Asked, settings: Settings, base: Base, output: Pa
         bar.update()
         kept = finals.select(measured, (), found.loss, asked.budgets)
         wanted = first | {*running.values(), *(trial.key_of(one["recipe"]) for one in kept)}
-        for one in measured if record["state"] == trial.MEASURED else ():
+        for one in records:
             if trial.key_of(one["recipe"]) not in wanted:
-                shutil.rmtree(trial.folder_of(output, one["recipe"]), ignore_errors=True)
+                trial.forget(trial.folder_of(output, one["recipe"]))
 
     bar = tqdm(total=asked.trials, initial=len(records), desc="trials", unit="trial", disable=quiet)
     with bar, _workers(asked, output) as workers:
@@ -245,6 +260,7 @@ def _ship(report: Mapping[str, Any], settings: Settings, output: Path, quiet: bo
         there = bundles.read(place)
         if there.manifest.get("search") == own["key"]:
             return there
+    if place.exists():
         shutil.rmtree(place)  # of an earlier choice
     made = api.compress(settings.model, str(output / RECIPE), place, prompts=prompts, seed=settings.seed, quiet=quiet)
     default = {"name": own["backend"], "precision": own["precision"]}

@@ -18,7 +18,7 @@ from diffpress.benchmarks.search import objective
 from diffpress.benchmarks.search import space as spaces
 from diffpress.benchmarks.search.objective import Loss
 from diffpress.benchmarks.search.space import Space
-from diffpress.benchmarks.search.trial import HOPELESS, MEASURED, REFUSED, key_of
+from diffpress.benchmarks.search.trial import FAILED, HOPELESS, MEASURED, REFUSED, key_of
 from diffpress.benchmarks.search.workers import Record, Workers
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import DiffpressError, require
@@ -32,17 +32,22 @@ NAME = "search"
 STARTUP = 10  # trials before the sampler trusts what it has seen, those tried first among them
 PATIENCE = 100  # suggestions in a row that are known or refused, after which the space holds no more
 REFUSAL = 10.0  # what a refused recipe counts as in the sampler's eyes: limits missed by a share of that
+BEATEN = 1.0  # and what one counts as that was given up
+LOST = 2  # times the workers, and one more: so many trials in a row that fail from outside end a search
+CONSTRAINT = "constraints:"  # how optuna's storage names what `Trial.set_constraint` was told
 GIVEN = "given"  # attribute of a trial that comes first: {name, recipe, precision, drawn}
 
 
 class Records:
-    """What trials found: a file each, by key."""
+    """What trials found: a file each, by key; those that failed for another reason than their recipe are forgotten."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
-        self._known: dict[str, Record] = {file.stem: json.loads(file.read_text("utf-8")) for file in files}
+        found: dict[str, Record] = {file.stem: json.loads(file.read_text("utf-8")) for file in files}
+        # A worker without memory, a full disk: what failed from outside is tried again by the next run.
+        self._known = {key: record for key, record in found.items() if record["state"] != FAILED}
 
     def __len__(self) -> int:
         return len(self._known)
@@ -84,9 +89,12 @@ class Search:
     def __post_init__(self) -> None:
         optuna = require("optuna", "search", "search for a recipe")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.study = optuna.create_study(
-            storage=_stored(self.storage), study_name=NAME, directions=["maximize", "minimize"], load_if_exists=True
-        )
+        storage, name = _stored(self.storage), ", ".join(sorted(map(str, self.budgets))) or NAME
+        names = optuna.get_all_study_names(storage)
+        directions = ["maximize", "minimize"]
+        self.study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+        if names and name not in names:
+            self._take_over(optuna.load_study(study_name=names[-1], storage=storage))
         before = self.study.get_trials(deepcopy=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # grouping is marked as experimental
@@ -95,15 +103,40 @@ class Search:
             self.study.sampler = optuna.samplers.TPESampler(
                 seed=self.seed + len(before), n_startup_trials=STARTUP, multivariate=True, group=True
             )
-        if not before:
-            for name, recipe in self.first.items():
-                self._enqueue(name, recipe)
         for one in before:
             if one.state == optuna.trial.TrialState.RUNNING:
-                # Its process was killed.
-                self.study.tell(one.number, state=optuna.trial.TrialState.FAIL)
+                # Its process was killed. Should this one be, too, it comes twice, which its record answers.
                 fixed = one.system_attrs.get("fixed_params", one.params)
                 self.study.enqueue_trial(fixed, user_attrs=one.user_attrs)
+                self.study.tell(one.number, state=optuna.trial.TrialState.FAIL)
+        queued = {one.user_attrs[GIVEN]["name"] for one in before
+                  if GIVEN in one.user_attrs and not one.state.is_finished()}  # fmt: skip
+        for name, recipe in self.first.items():
+            if name not in queued and self.records.get(key_of(spaces.document(recipe), self.preferred)) is None:
+                self._enqueue(name, recipe)
+
+    def _take_over(self, other: optuna.Study) -> None:
+        """What a study of the same search under other budgets knows, held against these."""
+        import optuna
+
+        for one in other.get_trials(deepcopy=False):
+            record = self.records.get(one.user_attrs.get("key", ""))
+            if not one.state.is_finished() or (record is None and one.values):
+                continue
+            attrs = dict(one.system_attrs)
+            if record is not None and record["state"] == MEASURED:
+                attrs = {key: value for key, value in attrs.items() if not key.startswith(CONSTRAINT)}
+                attrs |= {f"{CONSTRAINT}{gate}": objective.missed(gate, record) for gate in self.budgets}
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    state=one.state,
+                    values=one.values,
+                    params=one.params,
+                    distributions=one.distributions,
+                    user_attrs=one.user_attrs,
+                    system_attrs=attrs,
+                )
+            )
 
     def _enqueue(self, name: str, recipe: Recipe) -> None:
         document = {**spaces.document(recipe), "name": name}
@@ -148,8 +181,8 @@ class Search:
             self.study.tell(trial, [objective.speed(record), self.loss.of(record)])
             return
         trial.set_user_attr("message", record["message"])
-        if record["state"] != HOPELESS:
-            trial.set_constraint("valid", REFUSAL)
+        # Without a constraint the sampler would like what was given up better than all that misses a limit.
+        trial.set_constraint("valid", BEATEN if record["state"] == HOPELESS else REFUSAL)
         self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
 
@@ -178,7 +211,7 @@ def drive(
     """
     running: dict[int, str] = {}  # slot -> key
     waiting: dict[str, list[optuna.Trial]] = {}  # key -> those that want its record
-    more = True
+    more, failed = True, 0
     while True:
         while more and len(running) < workers.count and len(search.records) + len(running) < trials:
             suggestion = _fresh(search, waiting)
@@ -192,6 +225,11 @@ def drive(
             return more
         for slot, record in workers.finished():
             search.records.add(record)
+            failed = failed + 1 if record["state"] == FAILED else 0
+            if failed > LOST * workers.count:
+                raise DiffpressError(
+                    f"{failed} trials in a row failed, the last one: {record['message']}; the same command goes on"
+                )
             for trial in waiting.pop(running.pop(slot)):
                 search.tell(trial, record)
             heard(record)

@@ -99,6 +99,12 @@ def folder_of(place: Path, recipe: Mapping[str, Any]) -> Path:
     return place / "graphs" / key_of(recipe)
 
 
+def forget(folder: Path) -> None:
+    """Remove the graphs of a recipe; whatever interrupts it, what is left does not pass for whole."""
+    (folder / "made.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def make(
     recipe: Mapping[str, Any],
     folder: Path,

@@ -158,7 +158,9 @@ class Ray:
         if total < self.count:
             self._ray.shutdown()
             raise DiffpressError(f"the Ray cluster has {total} processors: ask for --workers {max(total, 1)} or fewer")
-        self.threads: int | None = total // self.count
+        sizes = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        fits = (most for most in range(total // self.count, 0, -1) if sum(size // most for size in sizes) >= self.count)
+        self.threads: int | None = next(fits, 1)  # no actor is spread over machines
         self._actors: dict[int, Any] = {}
         self._running: dict[Any, tuple[int, Task]] = {}
 

@@ -13,6 +13,7 @@ from diffpress.benchmarks.search import space as spaces
 from diffpress.benchmarks.search.objective import LOSSES
 from diffpress.benchmarks.search.study import Records, Search, drive
 from diffpress.benchmarks.search.trial import key_of
+from diffpress.errors import DiffpressError
 from diffpress.gates import parse
 
 Record = dict[str, Any]
@@ -230,3 +231,46 @@ def test_a_recipe_is_known_by_what_it_does() -> None:
     assert key_of(recipe, "fp32") == key_of(same, "fp32")
     others = [recipe, {"passes": [{"cache": {"interval": 2}}]}, {"passes": []}, {"passes": ["correct", "cache"]}]
     assert len({key_of(other, "fp32") for other in others} | {key_of(recipe, "bf16")}) == 5
+
+
+def failing(recipe: Mapping[str, Any], precision: str) -> Record:
+    return {"state": "failed", "message": "the disk is full"}
+
+
+def test_what_fails_from_outside_ends_the_search_and_is_tried_again(
+    space_file: Write, tmp_path: Path, inline: Any, artificial: Objective
+) -> None:
+    file = space_file(SPACE)
+    with pytest.raises(DiffpressError, match="5 trials in a row failed, the last one: the disk is full"):
+        drive(opened(file, tmp_path), inline(failing), 40, dict)
+    found = opened(file, tmp_path)
+    assert len(found.records) == 0
+    drive(found, inline(artificial), 6, dict)
+    first = {key_of(spaces.document(recipe), "fp32") for recipe in found.first.values()}
+    assert first <= {record["key"] for record in found.records.measured()}
+
+
+def test_other_budgets_go_on_with_what_is_known_held_against_them(
+    space_file: Write, tmp_path: Path, inline: Any, artificial: Objective
+) -> None:
+    file = space_file(SPACE)
+    before, workers = opened(file, tmp_path, [parse("speedup >= 6")]), inline(artificial)
+    drive(before, workers, 12, dict)
+    other = parse("bytes <= 0.5x")
+    found = opened(file, tmp_path, [other])
+    told = [trial for trial in found.study.get_trials() if trial.values]
+    assert len(told) == sum(1 for trial in before.study.get_trials() if trial.values) > 0
+    for trial in told:
+        record = found.records.get(trial.user_attrs["key"])
+        assert record is not None and trial.constraints == {str(other): objective.missed(other, record)}
+    again = inline(artificial)
+    drive(found, again, 14, dict)
+    assert len(again.asked) == 2 and not {*again.asked} & {*workers.asked}
+
+
+def test_what_was_given_up_misses_the_limits_in_the_samplers_eyes(
+    space_file: Write, tmp_path: Path, inline: Any
+) -> None:
+    found = opened(space_file(SPACE), tmp_path)
+    drive(found, inline(lambda *_: {"state": "hopeless", "message": "beaten"}), 3, dict)
+    assert all(trial.constraints["valid"] > 0 for trial in found.study.get_trials() if "key" in trial.user_attrs)
