@@ -62,7 +62,7 @@ class Bench:
     def of(self, model: Model, contender: Contender) -> str:
         """Names what a row is of: a contender as it is set up now, the schedules, versions, and for ours the code."""
         schedules = {name: asdict(schedule) for name, schedule in model.schedules.items()}
-        own = [asdict(contender), schedules, machine.versions()]
+        own: list[Any] = [asdict(contender), schedules, machine.versions()]
         if "recipe" in contender.options:
             own.append(peers_ours.code(contender.options["recipe"]))
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
@@ -137,8 +137,8 @@ class Bench:
             text = generator.normal(size=(2, *model.text))
             samples = [np.repeat(a * image + b * noise, 2, 0) for a, b in signal_and_noise(model, timesteps)]
             file.parent.mkdir(parents=True, exist_ok=True)
-            arrays = {"samples": np.array(samples, np.float32), "text": text.astype(np.float32)}
-            whole(file, lambda part: np.savez(part, **arrays, timesteps=timesteps))
+            stacked, texts = np.array(samples, np.float32), text.astype(np.float32)
+            whole(file, lambda part: np.savez(part, samples=stacked, text=texts, timesteps=timesteps))
         return file
 
     def wanted(self, model: Model, timesteps: Sequence[float]) -> np.ndarray:
