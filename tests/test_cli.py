@@ -214,14 +214,18 @@ def test_compress_judges_the_gates_of_the_recipe_and_its_own(
     benched: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text('{passes: [], gates: ["psnr >= 40"]}')
+
     def compress(*_: Any, gates: list[str], **__: Any) -> Bundle:
         recipe = {"name": "mine", "gates": ["psnr >= 40", *gates]}
         return bundle.update(handmade, recipe=recipe)
 
     monkeypatch.setattr(api, "compress", compress)
     monkeypatch.setattr(bundle, "refuse_existing", lambda path: None)
-    words = ["compress", "shapes", "--recipe", "mine.yaml", "--output", str(handmade.path), "--gate", gate]
+    words = ["compress", "shapes", "--recipe", str(mine), "--output", str(handmade.path), "--gate", gate]
     assert cli.main([*words, "--images", "9"]) == code
     out, err = capsys.readouterr()
     assert benched == [{"against": "shapes", "images": 9, "quiet": False}]
