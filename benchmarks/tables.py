@@ -321,7 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
 PLOTS = {"steps.svg": steps_tables.plot, "caching.svg": caching_tables.plot}
-DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", *PLOTS)]
+DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", "pruning.md", *PLOTS)]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *DOCS, *RECIPES)
 
 
