@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from diffpress.errors import DiffpressError
+from diffpress.paths import whole
 from diffpress.plan import Sampling
 
 if TYPE_CHECKING:
@@ -174,8 +175,8 @@ def draw(
 
 
 def store(file: Path, drawn: Drawn) -> None:
-    """Keep what was drawn in a file, for `stored`."""
-    np.savez(file, **asdict(drawn))
+    """Keep what was drawn in a file, whole or not at all, for `stored`."""
+    whole(file, lambda part: np.savez(part, **asdict(drawn)))
 
 
 def stored(file: Path) -> Drawn | None:

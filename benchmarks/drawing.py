@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +71,7 @@ def draw_all(
         texts = one.texts[start : start + one.batch]
         seeds = range(start, start + len(texts))
         drawn = candidates.draw(opened(one.name), texts, seeds, one.batch, max(0, one.keep - start))
-        file = _file(folder, part)
-        partial = file.with_suffix(f".{os.getpid()}.partial.npz")
-        try:
-            candidates.store(partial, drawn)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        candidates.store(_file(folder, part), drawn)
 
     parts = [part for one in wanted for part in _parts(one)]
     make_missing(parts, lambda part: not _file(folder, part).exists(), make, progress, "drawing")

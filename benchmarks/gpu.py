@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from diffpress.benchmarks.gpu_device import ABSENT, Device
 from diffpress.benchmarks.gpu_launch import Failed, Job, Launch, launched
 from diffpress.benchmarks.gpu_rows import BASELINE, MODELS, RECIPES, WHOLE, Model, Row
 from diffpress.errors import DiffpressError
+from diffpress.paths import write
 from diffpress.runtime import cuda
 
 NOTE = (
@@ -118,7 +118,7 @@ class Bench:
             found = {"reason": None, **self.launch(job, self.log(model, row.name))}
         except Failed as error:
             found = {"reason": str(error)}
-        _write(file, found)
+        write(file, json.dumps(found).encode())
         return found
 
     def timed(self, model: Model, rows: Sequence[Row]) -> None:
@@ -135,9 +135,9 @@ class Bench:
                 try:
                     self._keep_times(model, [row], [*beside, *plain, row], f"{row.name} alone")
                 except Failed as error:
-                    _write(self.file(model, row, "times"), {"reason": str(error)})
+                    write(self.file(model, row, "times"), json.dumps({"reason": str(error)}).encode())
             if len(rows) == 1:
-                _write(self.file(model, rows[0], "times"), {"reason": str(together)})
+                write(self.file(model, rows[0], "times"), json.dumps({"reason": str(together)}).encode())
 
     def _has_times(self, model: Model, row: Row) -> bool:
         file = self.file(model, row, "times")
@@ -153,7 +153,7 @@ class Bench:
         for row in kept:
             file = self.file(model, row, "times")
             file.parent.mkdir(parents=True, exist_ok=True)
-            _write(file, found[row.name])
+            write(file, json.dumps(found[row.name]).encode())
 
     def measured(self, model: Model, ceilings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every row of a model, measured."""
@@ -233,13 +233,6 @@ def judged(call: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, An
             "of_bandwidth": moved / ceilings["bytes_per_s"] / seconds,
         }
     return found
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content), "utf-8")
-    os.replace(part, file)
 
 
 def run(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from diffpress.benchmarks.gpu_rows import FLOAT, MODELS, PLAIN, RECIPES, Model, 
 from diffpress.benchmarks.latency import alternate, paired_ratio, summary
 from diffpress.bundle import MANIFEST, denoiser_bytes
 from diffpress.errors import DiffpressError
+from diffpress.paths import write
 from diffpress.plan import FULL, Plan, StepProgram
 from diffpress.runtime.pipeline import Pipeline
 
@@ -200,9 +200,7 @@ def main() -> None:
     file = Path(sys.argv[1])
     job = json.loads(file.read_text("utf-8"))
     made = run(job, Device if torch_place() == "cuda" else HostDevice)
-    part = Path(f"{job['result']}.part")
-    part.write_text(json.dumps(made), "utf-8")
-    os.replace(part, job["result"])
+    write(Path(job["result"]), json.dumps(made).encode())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffpress
 from diffpress.errors import DiffpressError
+from diffpress.paths import write
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -28,13 +29,10 @@ def kept(file: Path, module: str, task: Mapping[str, Any], what: str, **more: st
     of `what` ends badly.
     """
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", module, "--task", json.dumps(task)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment(**more))
         if done.returncode:
             raise DiffpressError(f"{what} ended with {done.returncode}; the same command goes on from it")
         found = json.loads(done.stdout.splitlines()[-1])
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1), "utf-8")
-        partial.replace(file)
+        write(file, json.dumps(found, indent=1).encode())
     return dict(json.loads(file.read_text("utf-8")))

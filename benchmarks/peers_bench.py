@@ -17,9 +17,10 @@ import numpy as np
 from diffpress.benchmarks import candidates, machine, peers_ours, prompts, scores
 from diffpress.benchmarks.gpu_launch import Failed
 from diffpress.benchmarks.latency import alternate
-from diffpress.benchmarks.peers_link import Answers, whole
+from diffpress.benchmarks.peers_link import Answers
 from diffpress.benchmarks.peers_rows import CALL, CONVERGED, REFERENCE, Contender, Model, signal_and_noise
 from diffpress.benchmarks.recipe_rows import file_name
+from diffpress.paths import whole, write
 
 BATCH = 16  # images at once where only their quality matters
 SETTLE_S = 0.05  # between two processes' turns: idle threads of a library spin for a while before they sleep
@@ -56,8 +57,7 @@ class Bench:
     def keep(self, kind: str, model: Model, contender: Contender, schedule: str, found: Mapping[str, Any]) -> None:
         """Keep what was found of a row, with what it is of."""
         file, of = self.file(kind, model, contender.name, schedule), self.of(model, contender)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        whole(file, lambda part: part.write_text(json.dumps({**found, "of": of}), "utf-8"))
+        write(file, json.dumps({**found, "of": of}).encode())
 
     def of(self, model: Model, contender: Contender) -> str:
         """Names what a row is of: a contender as it is set up now, the schedules, versions, and for ours the code."""

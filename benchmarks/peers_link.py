@@ -12,9 +12,9 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty, Queue, SimpleQueue
 from threading import Thread
 from typing import IO, Any, Protocol
 
@@ -93,13 +93,6 @@ class Worker:
             self._process.wait()
 
 
-def whole(file: Path, save: Callable[[Path], object]) -> None:
-    """Put a file in place that `save` writes to the path it is given: all of it, or nothing."""
-    part = file.with_name(f"part-{file.name}")
-    save(part)
-    part.replace(file)
-
-
 def serve(handle: Callable[[str, dict[str, Any]], dict[str, Any]], asked: Iterable[str], answered: IO[str]) -> None:
     """Answer questions until there are none."""
     for line in asked:
@@ -111,6 +104,22 @@ def serve(handle: Callable[[str, dict[str, Any]], dict[str, Any]], asked: Iterab
             answer = {"error": reason(error)}
         answered.write(json.dumps(answer) + "\n")
         answered.flush()
+
+
+def questions() -> Iterator[str]:
+    """Lines of stdin as they come. The process ends at once when stdin does: whoever asked is gone, killed perhaps,
+    and what it asked for would disturb its next run."""
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        with os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8") as stream:
+            for line in stream:
+                lines.put(line)
+        os._exit(0)
+
+    Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
 
 
 def reason(error: BaseException) -> str:

@@ -19,7 +19,6 @@ from diffpress import api
 from diffpress import bundle as bundles
 from diffpress.benchmarks.candidates import Candidate
 from diffpress.benchmarks.latency import alternate
-from diffpress.benchmarks.peers_link import whole
 from diffpress.benchmarks.peers_rows import CALLS, SCHEDULES
 from diffpress.benchmarks.peers_worker import Facts, Task
 from diffpress.benchmarks.quantization import bits
@@ -27,6 +26,7 @@ from diffpress.benchmarks.recipe_rows import file_name
 from diffpress.benchmarks.speed import fastest
 from diffpress.bundle import Bundle
 from diffpress.compress.recipe import SCHEDULE, presets
+from diffpress.paths import write
 from diffpress.plan import Plan, StepProgram
 from diffpress.runtime.backends import available
 from diffpress.runtime.pipeline import Pipeline
@@ -71,7 +71,7 @@ class Ours:
             file.write_text(yaml.safe_dump(document(self._task, schedule)), "utf-8")
             api.compress(self._task.source, str(file), folder, quiet=True)
             took = {"seconds": time.perf_counter() - start, "of": own}
-            whole(made, lambda part: part.write_text(json.dumps(took), "utf-8"))
+            write(made, json.dumps(took).encode())
         bundle = bundles.read(folder)
         backend, precision = self._choice(bundle)
         pipeline = Pipeline.load(bundle, backend, precision)

@@ -11,10 +11,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
-import os
-import queue
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +21,9 @@ import numpy as np
 
 from diffpress.benchmarks.candidates import Drawn, store
 from diffpress.benchmarks.latency import wall_clock
-from diffpress.benchmarks.peers_link import channel, serve, whole
+from diffpress.benchmarks.peers_link import channel, questions, serve
 from diffpress.errors import DiffpressError
+from diffpress.paths import whole
 
 Facts = dict[str, Any]  # what is known of a contender: bits_w, bits_a, bytes, params, backend, seconds, deploys, ...
 PACKAGES = (
@@ -150,7 +148,7 @@ class Contest:
         pixels, latents = (np.concatenate(part) for part in zip(*found, strict=True))
         _finite(latents)
         drawn = Drawn(pixels, latents, np.empty((0, 0, *latents.shape[1:]), np.float32))
-        whole(Path(message["file"]), lambda part: store(part, drawn))
+        store(Path(message["file"]), drawn)
         return {"images": len(pixels)}
 
     def _calls(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,16 +206,7 @@ def main() -> None:
             gc.freeze()
         return opened[0](do, message)
 
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        with os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8") as lines:
-            for line in lines:
-                asked.put(line)
-        os._exit(0)  # whoever asked is gone, and what it asked for would disturb the next run
-
-    threading.Thread(target=read, daemon=True).start()
-    serve(handle, iter(asked.get, None), answered)
+    serve(handle, questions(), answered)
 
 
 if __name__ == "__main__":

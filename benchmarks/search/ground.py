@@ -19,6 +19,7 @@ from diffpress.benchmarks.candidates import Candidate, Drawn, Reference
 from diffpress.benchmarks.latency import alternate, paired_ratio
 from diffpress.benchmarks.prompts import VARIED, Prompts
 from diffpress.bundle import Bundle
+from diffpress.paths import write
 from diffpress.plan import Sampling, StepProgram
 from diffpress.runtime import backends
 from diffpress.runtime.lock import locked
@@ -84,9 +85,7 @@ class Made:
             "sampling": self.sampling.to_json(),
             "bytes": self.bytes,
         }
-        part = folder / "made.json.part"
-        part.write_text(json.dumps(entry), "utf-8")
-        part.replace(folder / "made.json")
+        write(folder / "made.json", json.dumps(entry).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Made | None:
@@ -145,9 +144,7 @@ class Ground:
             if drawn is None:
                 batch = candidates.batch_size(export.manifest["latent"])
                 drawn = candidates.draw(self.eager, self.prompts.texts, self.seeds, batch)
-                part = file.with_name(f"part-{file.name}")
-                candidates.store(part, drawn)
-                part.replace(file)
+                candidates.store(file, drawn)
         return drawn
 
     @cached_property

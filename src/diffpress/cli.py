@@ -11,7 +11,9 @@ import itertools
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         options = arguments.parser(COMMANDS).parse_args(words)
-        with _settled(options):
+        with _heeded(), _settled(options):
             options.command(options)
             sys.stdout.flush()
         return 0
@@ -97,6 +99,24 @@ def _disk_full(error: BaseException) -> bool:
         getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(link)
         for link in _chain(error)
     )
+
+
+@contextmanager
+def _heeded() -> Iterator[None]:
+    """Heed every Ctrl-C, also the one that arrives within a destructor or a callback of C, where Python drops it."""
+    others = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            others(dropped)
+        else:  # a little later, or this function would be the next to drop it
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
 
 
 @contextmanager

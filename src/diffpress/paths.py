@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -23,3 +25,14 @@ def write(file: Path, content: bytes) -> None:
         os.replace(name, file)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def whole(file: Path, save: Callable[[Path], object]) -> None:
+    """`write` for what a library's `save` writes, to the path it is given, whose suffix is the file's."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{os.getpid()}-{threading.get_ident()}-{file.name}")
+    try:
+        save(part)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)

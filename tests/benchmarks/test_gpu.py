@@ -60,7 +60,7 @@ def test_rows_are_every_recipe_on_every_library_and_the_references_first() -> No
     assert rows[:2] == [WHOLE, BASELINE] and len(set(rows)) == len(rows)
     for library in gpu_rows.LIBRARIES:
         assert [row.recipe for row in rows if row.runner == library] == list(RECIPES)
-    assert {row.group for row in rows} == {"reference", "uncompressed", "cached", "8-bit", "together"}
+    assert {row.group for row in rows} == {"reference", "uncompressed", "pruned", "cached", "8-bit", "together"}
     quick = gpu_rows.rows(quick=True)
     assert quick[:2] == [WHOLE, BASELINE] and set(quick) < set(rows) and len(quick) == 8
     assert all(row.plain in rows for row in rows)
