@@ -119,13 +119,13 @@ class PruneUnstructuredPass:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PruneNMPass:
-    """Make `n` of every `m` input channels zero, at each place of a convolution's kernel: 2:4 is what GPUs know.
+    """Leave `n` of every `m` input channels, at each place of a convolution's kernel: 2:4 is what GPUs know.
 
     `exclude` as in `prune-unstructured`. Layers whose input channels m does not divide, or with fewer than
     `smallest`, which gain nothing, stay as they are.
     """
 
-    n: Annotated[int, Field(ge=1, description="zeros in each group")] = 2
+    n: Annotated[int, Field(ge=1, description="weights that stay in each group")] = 2
     m: Annotated[int, Field(ge=2, description="input channels in a group")] = 4
     method: Method = "obs"
     exclude: tuple[str, ...] | None = None
@@ -145,7 +145,7 @@ class PruneNMPass:
         """Raises `DiffpressError` behind quantization, for patterns that are none, and where no layer fits."""
         structure.check_order(work, self.name, widths_change=False)
         if self.n >= self.m:
-            raise DiffpressError(f"{self.name}: {self.n} zeros in every {self.m} leave nothing: n must be below m")
+            raise DiffpressError(f"{self.name}: {self.n} of every {self.m} is no pattern: n must be below m")
         self.chosen(work)
 
     def chosen(self, work: Work) -> tuple[dict[str, Any], dict[str, str]]:
@@ -170,7 +170,7 @@ class PruneNMPass:
 
         def solve(name: str, layer: Any, weight: Tensor, seen: Hessian | None) -> Tensor:
             kernel = hessian.kernel_of(layer)
-            return prune_nm(self.method, weight, seen, self.n, self.m, kernel, self.damping, self.refine)
+            return prune_nm(self.method, weight, seen, self.m - self.n, self.m, kernel, self.damping, self.refine)
 
         with on_fastest_device(work.denoiser):
             outputs = Outputs(work, chosen_calls(work.record(), JUDGED, work.seed))

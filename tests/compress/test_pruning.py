@@ -190,8 +190,11 @@ def test_two_of_four_input_channels_at_every_place_and_zeros_stay_in_8_bits(fres
 
 def test_layers_that_do_not_fit_a_pattern_are_named(fresh: Fresh) -> None:
     work = fresh()
+    before = {name: layer.weight.clone() for name, layer in layers("", work, None)[0].items()}
     said = PruneNMPass(n=4, m=16, exclude=("*ff*",), smallest=32).apply(work)
     assert "fewer than 32 input channels" in said
+    pruned = [layer.weight for name, layer in layers("", work, None)[0].items() if not layer.weight.equal(before[name])]
+    assert pruned and all(float((weight == 0).float().mean()) == 0.75 for weight in pruned)  # 4 of 16 stay
     with pytest.raises(DiffpressError, match="no layer has input channels for groups of 7"):
         PruneNMPass(n=2, m=7).requires(fresh())
 
@@ -236,7 +239,7 @@ def test_distillation_needs_calls_to_learn_from_and_to_judge_by(fresh: Fresh, co
             PruneUnstructuredPass(ratio=0.97, allocation="sensitivity"),
             "a ratio of 0.97 cannot be spread, no layer may lose more than 0.95",
         ),
-        (PruneNMPass(n=4, m=4), "4 zeros in every 4 leave nothing"),
+        (PruneNMPass(n=4, m=4), "prune-nm: 4 of every 4 is no pattern: n must be below m"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_work(fresh: Fresh, wrong: Any, message: str) -> None:

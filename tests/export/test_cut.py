@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,8 +15,10 @@ from diffpress import api
 from diffpress.bundle import Bundle
 from diffpress.calibration.model import load_pipeline
 from diffpress.calibration.structure import save
+from diffpress.compress.numerics.saliency import plain_nm
 from diffpress.compress.prune.structure import CHANNELS, cut, structures
 from diffpress.export import flops
+from diffpress.export.sparsity import sparse_layers
 from diffpress.runtime.pipeline import Pipeline
 
 STEPS = 6
@@ -29,6 +32,16 @@ passes:
 """
 
 
+def zeroed(unet: Any) -> list[Any]:
+    """Layers that are 2:4: those of the middle whose input channels come in fours, without tables in their place."""
+    layers = [
+        layer
+        for name, layer in unet.mid_block.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and "time_emb" not in name
+    ]
+    return [layer for layer in layers if layer.weight.shape[1] % 4 == 0]
+
+
 @pytest.fixture(scope="module")
 def model(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = load_pipeline(str(tiny_pipeline))
@@ -40,6 +53,10 @@ def model(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     even = {found.path: range(0, found.count, 2) for found in others if found.kind == CHANNELS}
     assert even
     cut(pipeline.unet, even, "even")
+    for layer in zeroed(pipeline.unet):
+        weight = layer.weight.data.flatten(1)
+        kernel = weight.shape[1] // layer.weight.shape[1]
+        layer.weight.data = plain_nm(weight, None, 2, 4, "magnitude", kernel).reshape(layer.weight.shape)
     return save(pipeline, tmp_path_factory.mktemp("cut") / "narrow")
 
 
@@ -92,7 +109,9 @@ def test_the_bundle_says_what_was_cut_and_is_as_small(plain: Bundle, model: Path
     assert flops.count(plain.graph(), batch=1).operations == counter.get_total_flops()
 
 
-def test_int8_table_and_cache_work_on_what_is_left(model: Path, tmp_path: Path, wanted: np.ndarray) -> None:
+def test_int8_table_and_cache_work_on_what_is_left(
+    model: Path, plain: Bundle, tmp_path: Path, wanted: np.ndarray
+) -> None:
     (tmp_path / "recipe.yaml").write_text(BOTH)
     made = api.compress(str(model), str(tmp_path / "recipe.yaml"), tmp_path / "bundle", steps=STEPS, quiet=True)
     assert set(made.manifest["program"]["steps"]) == {"full", "cached"}
@@ -103,5 +122,9 @@ def test_int8_table_and_cache_work_on_what_is_left(model: Path, tmp_path: Path, 
         for backend in ("onnxruntime", "openvino")
     )
     assert first.problem is None
+    expected = len(zeroed(load_pipeline(str(model)).unet))
+    assert expected > 5
+    for bundle in (plain, made):  # zeros stay in 8 bits
+        assert len(sparse_layers(ir.load(bundle.file("unet/model.onnx")))) == expected
     assert error(first.latents[-1], second.latents[-1]) < 0.3  # random weights amplify integers' rounding
     assert error(first.latents[-1], wanted) < 0.5
