@@ -105,7 +105,7 @@ def test_it_ends_with_a_report_a_recipe_and_a_bundle(killed: dict[str, Any]) -> 
     own = next(entry for entry in report["finalists"] if entry["key"] == report["chosen"])
     within = [entry for entry in report["finalists"] if entry["within"]]
     assert own["loss"] == min(entry["loss"] for entry in within)
-    assert len(report["trials"]) == 4 and report["trials"][0]["name"] == "plain"
+    assert len(report["trials"]) == 4 and "plain" in {entry["name"] for entry in report["trials"]}
     recipe = recipes.load(str(place / "recipe.yaml"))
     assert list(recipe.passes) == own["recipe"]["passes"] and recipe.steps == 6
     assert (place / "recipe.yaml").read_text().startswith(f"# {own['speedup']['vs_eager']:.2f}x, latent_error ")
