@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -147,9 +148,12 @@ class Ray:
         chosen: dict[str, Any] = {"address": address, "runtime_env": {"env_vars": carried | _environment()}}
         if address == "local":
             chosen |= {"num_cpus": count or len(cores()), "include_dashboard": False}
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
+            if host and port.isdecimal():  # Ray itself asks for a quarter of an hour whether somebody answers
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             self._ray.init(**chosen, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise DiffpressError(
                 f"no Ray cluster answers at '{address}': start one with 'ray start --head', or take --workers instead"
             ) from error

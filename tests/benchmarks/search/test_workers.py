@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from diffpress.benchmarks.search.workers import Local, cores
+from diffpress.benchmarks.search.workers import Local, Ray, cores
+from diffpress.errors import DiffpressError
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,3 +78,10 @@ def test_cores_are_shared_out(count: int, tmp_path: Path, monkeypatch: pytest.Mo
     workers = Local(count, tmp_path)
     shares = {1: [[2, 3, 6, 7]], 2: [[2, 3], [6, 7]], 5: [[2], [3], [6], [7], [2]]}
     assert workers._shares == shares[count]
+
+
+def test_a_cluster_that_is_not_there_is_said() -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'diffpress[ray]'")
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        with pytest.raises(DiffpressError, match=f"no Ray cluster answers at '{address}': start one with 'ray start"):
+            Ray(address, None)
