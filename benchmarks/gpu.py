@@ -29,7 +29,7 @@ from diffpress.benchmarks.gpu_device import ABSENT, Device
 from diffpress.benchmarks.gpu_launch import Failed, Job, Launch, launched
 from diffpress.benchmarks.gpu_rows import BASELINE, MODELS, RECIPES, WHOLE, Model, Row
 from diffpress.errors import DiffpressError
-from diffpress.paths import write
+from diffpress.paths import write_json
 from diffpress.runtime import cuda
 
 NOTE = (
@@ -112,13 +112,12 @@ class Bench:
         reason = self.obstacle(model, row)
         if reason is not None:
             return {"reason": reason}  # not kept: the next run may find it installed
-        file.parent.mkdir(parents=True, exist_ok=True)
         job = self.job("probe", model, [row], drawn=str(self.file(model, row, end="npz")))
         try:
             found = {"reason": None, **self.launch(job, self.log(model, row.name))}
         except Failed as error:
             found = {"reason": str(error)}
-        write(file, json.dumps(found).encode())
+        write_json(file, found)
         return found
 
     def timed(self, model: Model, rows: Sequence[Row]) -> None:
@@ -135,9 +134,9 @@ class Bench:
                 try:
                     self._keep_times(model, [row], [*beside, *plain, row], f"{row.name} alone")
                 except Failed as error:
-                    write(self.file(model, row, "times"), json.dumps({"reason": str(error)}).encode())
+                    write_json(self.file(model, row, "times"), {"reason": str(error)})
             if len(rows) == 1:
-                write(self.file(model, rows[0], "times"), json.dumps({"reason": str(together)}).encode())
+                write_json(self.file(model, rows[0], "times"), {"reason": str(together)})
 
     def _has_times(self, model: Model, row: Row) -> bool:
         file = self.file(model, row, "times")
@@ -152,8 +151,7 @@ class Bench:
         found = self.launch(self.job("times", model, chosen), self.log(model, f"times {name}"))
         for row in kept:
             file = self.file(model, row, "times")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(file, json.dumps(found[row.name]).encode())
+            write_json(file, found[row.name])
 
     def measured(self, model: Model, ceilings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every row of a model, measured."""

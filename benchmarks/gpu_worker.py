@@ -24,7 +24,7 @@ from diffpress.benchmarks.gpu_rows import FLOAT, MODELS, PLAIN, RECIPES, Model, 
 from diffpress.benchmarks.latency import alternate, paired_ratio, summary
 from diffpress.bundle import MANIFEST, denoiser_bytes
 from diffpress.errors import DiffpressError
-from diffpress.paths import write
+from diffpress.paths import write_json
 from diffpress.plan import FULL, Plan, StepProgram
 from diffpress.runtime.pipeline import Pipeline
 
@@ -200,7 +200,7 @@ def main() -> None:
     file = Path(sys.argv[1])
     job = json.loads(file.read_text("utf-8"))
     made = run(job, Device if torch_place() == "cuda" else HostDevice)
-    write(Path(job["result"]), json.dumps(made).encode())
+    write_json(Path(job["result"]), made)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import diffpress
 from diffpress.errors import DiffpressError
-from diffpress.paths import write
+from diffpress.paths import write_json
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -34,5 +34,5 @@ def kept(file: Path, module: str, task: Mapping[str, Any], what: str, **more: st
         if done.returncode:
             raise DiffpressError(f"{what} ended with {done.returncode}; the same command goes on from it")
         found = json.loads(done.stdout.splitlines()[-1])
-        write(file, json.dumps(found, indent=1).encode())
+        write_json(file, found, indent=1)
     return dict(json.loads(file.read_text("utf-8")))

@@ -20,7 +20,7 @@ from diffpress.benchmarks.latency import alternate
 from diffpress.benchmarks.peers_link import Answers
 from diffpress.benchmarks.peers_rows import CALL, CONVERGED, REFERENCE, Contender, Model, signal_and_noise
 from diffpress.benchmarks.recipe_rows import file_name
-from diffpress.paths import whole, write
+from diffpress.paths import whole, write_json
 
 BATCH = 16  # images at once where only their quality matters
 SETTLE_S = 0.05  # between two processes' turns: idle threads of a library spin for a while before they sleep
@@ -57,7 +57,7 @@ class Bench:
     def keep(self, kind: str, model: Model, contender: Contender, schedule: str, found: Mapping[str, Any]) -> None:
         """Keep what was found of a row, with what it is of."""
         file, of = self.file(kind, model, contender.name, schedule), self.of(model, contender)
-        write(file, json.dumps({**found, "of": of}).encode())
+        write_json(file, {**found, "of": of})
 
     def of(self, model: Model, contender: Contender) -> str:
         """Names what a row is of: a contender as it is set up now, the schedules, versions, and for ours the code."""
@@ -100,7 +100,6 @@ class Bench:
         facts = worker.ask("follow", schedule=schedule)
         if model.name == CALL:
             inputs, file = self.inputs(model, facts["timesteps"]), self.outputs(model, contender.name, schedule)
-            file.parent.mkdir(parents=True, exist_ok=True)
             worker.ask("calls", schedule=schedule, inputs=str(inputs), file=str(file))
         else:
             self._ask_images(worker, schedule, self.images(model, contender.name, schedule), facts.get("batch", BATCH))
@@ -108,7 +107,6 @@ class Bench:
 
     def _ask_images(self, worker: Answers, schedule: str, file: Path, batch: int) -> None:
         texts = self.chosen.texts
-        file.parent.mkdir(parents=True, exist_ok=True)
         worker.ask("draw", schedule=schedule, texts=texts, seeds=[*range(len(texts))], batch=batch, file=str(file))
 
     def images(self, model: Model, contender: str, schedule: str) -> Path:
@@ -136,7 +134,6 @@ class Bench:
             image, noise = generator.normal(size=(2, 1, *model.latent))
             text = generator.normal(size=(2, *model.text))
             samples = [np.repeat(a * image + b * noise, 2, 0) for a, b in signal_and_noise(model, timesteps)]
-            file.parent.mkdir(parents=True, exist_ok=True)
             stacked, texts = np.array(samples, np.float32), text.astype(np.float32)
             whole(file, lambda part: np.savez(part, samples=stacked, text=texts, timesteps=timesteps))
         return file

@@ -118,8 +118,7 @@ def questions() -> Iterator[str]:
         os._exit(0)
 
     Thread(target=read, daemon=True).start()
-    while True:
-        yield lines.get()
+    return iter(lines.get, None)
 
 
 def reason(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from diffpress.benchmarks.recipe_rows import file_name
 from diffpress.benchmarks.speed import fastest
 from diffpress.bundle import Bundle
 from diffpress.compress.recipe import SCHEDULE, presets
-from diffpress.paths import write
+from diffpress.paths import write_json
 from diffpress.plan import Plan, StepProgram
 from diffpress.runtime.backends import available
 from diffpress.runtime.pipeline import Pipeline
@@ -71,7 +71,7 @@ class Ours:
             file.write_text(yaml.safe_dump(document(self._task, schedule)), "utf-8")
             api.compress(self._task.source, str(file), folder, quiet=True)
             took = {"seconds": time.perf_counter() - start, "of": own}
-            write(made, json.dumps(took).encode())
+            write_json(made, took)
         bundle = bundles.read(folder)
         backend, precision = self._choice(bundle)
         pipeline = Pipeline.load(bundle, backend, precision)

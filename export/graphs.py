@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffpress.errors import DiffpressError
 
 OPSET = 20
+# Those of `optimize_ir` that what the exporter writes can match.
 RULES = (
     rules.add_0_rule,
     rules.sub_0_rule,

@@ -13,7 +13,7 @@ from diffpress.benchmarks.latency import alternate, paired_ratio
 from diffpress.benchmarks.search.ground import Ground
 from diffpress.benchmarks.search.space import Space
 from diffpress.errors import DiffpressError
-from diffpress.paths import write
+from diffpress.paths import write_json
 from diffpress.runtime import backends
 
 ROUNDS = 9
@@ -59,7 +59,7 @@ def measure(ground: Ground, space: Space) -> Base:
     if PLAIN not in fastest or preferred not in own:
         lacking = preferred if PLAIN in fastest else PLAIN
         raise DiffpressError(f"no backend here draws whole images of this model in {lacking}, which the search needs")
-    write(file, json.dumps(known, indent=1).encode())
+    write_json(file, known, indent=1)
     own = {preferred: own[preferred], **own}
     return Base(own, fastest[PLAIN], known["faster"][f"{fastest[PLAIN]} {PLAIN}"])
 

@@ -19,7 +19,7 @@ from diffpress.benchmarks.search.ground import Ground
 from diffpress.benchmarks.search.objective import Loss
 from diffpress.benchmarks.search.workers import Record
 from diffpress.gates import Gate
-from diffpress.paths import write
+from diffpress.paths import write_json
 
 MARGIN = 0.05  # of speed and loss, within which a trial is not worse than another
 MOST = 10  # finalists beside the recipes that came first
@@ -65,7 +65,7 @@ def hold(
         file = ground.place / "finals" / f"{record['key']}.json"
         if not file.is_file():
             found, _ = ground.judge(_opened(record, ground))
-            write(file, json.dumps(found, indent=1).encode())
+            write_json(file, found, indent=1)
         judged.append(json.loads(file.read_text("utf-8")))
         tick()
     speedups = _timed(records, ground, export_backend)
@@ -91,7 +91,7 @@ def _timed(records: Sequence[Record], ground: Ground, export_backend: str) -> di
             ratios = timed([_opened(record, ground) for record in part], ground, export_backend)
             found |= {record["key"]: own for record, own in zip(part, ratios, strict=True)}
         known = {"of": about, "host": here, "speedups": found}
-        write(file, json.dumps(known, indent=1).encode())
+        write_json(file, known, indent=1)
     speedups: dict[str, dict[str, float]] = known["speedups"]
     return speedups
 

@@ -19,7 +19,7 @@ from diffpress.benchmarks.candidates import Candidate, Drawn, Reference
 from diffpress.benchmarks.latency import alternate, paired_ratio
 from diffpress.benchmarks.prompts import VARIED, Prompts
 from diffpress.bundle import Bundle
-from diffpress.paths import write
+from diffpress.paths import write_json
 from diffpress.plan import Sampling, StepProgram
 from diffpress.runtime import backends
 from diffpress.runtime.lock import locked
@@ -85,7 +85,7 @@ class Made:
             "sampling": self.sampling.to_json(),
             "bytes": self.bytes,
         }
-        write(folder / "made.json", json.dumps(entry).encode())
+        write_json(folder / "made.json", entry)
 
     @classmethod
     def read(cls, folder: Path) -> Made | None:

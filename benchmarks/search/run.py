@@ -31,7 +31,7 @@ from diffpress.bundle import Bundle
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import DiffpressError
 from diffpress.gates import Gate
-from diffpress.paths import write
+from diffpress.paths import write, write_json
 
 SETTINGS, STUDY = "search.json", "study.sqlite3"
 REPORT, PAGE, RECIPE, BUNDLE = "report.json", "report.html", "recipe.yaml", "bundle"
@@ -143,7 +143,7 @@ def _claimed(
             raise DiffpressError(
                 f"{output} holds a search with another {other}: choose another --output, or ask for the same"
             )
-        write(file, json.dumps(own, indent=1).encode())
+        write_json(file, own, indent=1)
         for left in output.glob(".*.partial"):  # of bundles that a killed process was writing
             shutil.rmtree(left, ignore_errors=True)
         try:

@@ -23,7 +23,7 @@ from diffpress.benchmarks.search.workers import Record, Workers
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import DiffpressError, require
 from diffpress.gates import Gate
-from diffpress.paths import write
+from diffpress.paths import write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -61,7 +61,7 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Keep a record, on disk first."""
-        write(self.folder / f"{record['key']}.json", json.dumps(record, indent=1).encode())
+        write_json(self.folder / f"{record['key']}.json", record, indent=1)
         self._known[record["key"]] = record
 
     def measured(self) -> list[Record]:

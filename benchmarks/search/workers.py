@@ -135,6 +135,17 @@ class Runner:
         return trial.run(task)
 
 
+def _knock(address: str) -> None:
+    """Raise `ConnectionError` where nobody listens: Ray itself asks for a quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # "auto" and "local" are no addresses
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
+
+
 class Ray:
     """Actors of the Ray cluster at `address` ("auto" for the one of this machine, "local" to start one).
 
@@ -148,12 +159,10 @@ class Ray:
         chosen: dict[str, Any] = {"address": address, "runtime_env": {"env_vars": carried | _environment()}}
         if address == "local":
             chosen |= {"num_cpus": count or len(cores()), "include_dashboard": False}
-        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            if host and port.isdecimal():  # Ray itself asks for a quarter of an hour whether somebody answers
-                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            _knock(address)
             self._ray.init(**chosen, log_to_driver=False, logging_level="ERROR")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
             raise DiffpressError(
                 f"no Ray cluster answers at '{address}': start one with 'ray start --head', or take --workers instead"
             ) from error

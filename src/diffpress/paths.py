@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
-import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,20 +17,22 @@ def cache_root() -> Path:
 
 def write(file: Path, content: bytes) -> None:
     """Write a file whole or not at all, also when several processes write it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(name, file)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    _put(file, lambda part: part.write_bytes(content), ".part")
+
+
+def write_json(file: Path, content: object, indent: int | None = None) -> None:
+    """`write` for what JSON can hold."""
+    write(file, json.dumps(content, indent=indent).encode())
 
 
 def whole(file: Path, save: Callable[[Path], object]) -> None:
     """`write` for what a library's `save` writes, to the path it is given, whose suffix is the file's."""
+    _put(file, save, file.suffix)
+
+
+def _put(file: Path, save: Callable[[Path], object], suffix: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{os.getpid()}-{threading.get_ident()}-{file.name}")
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}{suffix}")
     try:
         save(part)
         os.replace(part, file)

@@ -184,3 +184,9 @@ def test_it_runs_on_a_ray_cluster(killed: dict[str, Any]) -> None:
     assert (place / "bundle/diffpress.json").is_file() and "recipe: " in out
     assert yaml.safe_load((place / "recipe.yaml").read_text())["steps"] == 6
     assert not (place / "logs").exists()  # no process of this machine
+
+
+def test_a_cluster_that_is_not_there_is_said(killed: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'diffpress[ray]'")
+    assert cli.main([*command(killed["place"], "--trials", "9", "--ray", "127.0.0.1:1"), "--quiet"]) == 2
+    assert "no Ray cluster answers at '127.0.0.1:1': start one with 'ray start --head'" in capsys.readouterr().err
