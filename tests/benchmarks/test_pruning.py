@@ -77,4 +77,4 @@ def test_tables_have_a_line_for_every_row_and_claims_say_what_was_reached(told: 
     assert short[2].startswith("| 10 % | 0.100 (0.100) | 0.200 (0.200) | 0.200 (0.200) | 99.0% | 400.0 MB | 1.20x")
     claims = {line.split(" | ")[0]: line for line in pruning_tables.claims().splitlines()[2:]}
     assert all(line.endswith("| yes |") for name, line in claims.items() if "rival" in name)
-    assert claims["| 20 % structured, distilled: bytes"].endswith("| 0% | **no** |")
+    assert claims["| 20 % of parameters, distilled: bytes"].endswith("| 0% | **no** |")
