@@ -28,6 +28,7 @@ RIVALS: dict[str, tuple[Solver, Spacing | None]] = {
     "DPM-Solver++ Karras": ("dpm++", "karras"),
     "UniPC": ("unipc", None),
     "UniPC Karras": ("unipc", "karras"),
+    "UniPC trailing": ("unipc", "trailing"),
 }
 JUDGED = 16  # images that choose between the rivals
 
