@@ -1,9 +1,13 @@
 """What several tests need: a tiny random pipeline, and a tiny bundle made by hand, both small enough to copy."""
 
+import hashlib
+import inspect
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,29 +32,59 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _components_are_exported_once() -> Iterator[None]:
-    """The VAE and the text encoders of the few pipelines here are the same in dozens of bundles: seconds each time.
+def _networks_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The few pipelines here are in dozens of bundles, and each export takes seconds: all processes share a folder.
 
-    The first export of each is real; others with the same weights, inputs and outputs get a copy of its graph.
+    The first export of each network is real; others with the same structure, weights, inputs and outputs get its graph.
     """
-    from diffpress.calibration.model import state_digest
-    from diffpress.export import components, graphs
+    from diffpress import paths
+    from diffpress.export import graphs
 
-    export, kept = graphs.to_onnx, {}
-    kinds = (components.TextEncoder, components.VaeDecoder, components.VaeEncoder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    export = graphs.to_onnx
 
     def to_onnx(spec: graphs.GraphSpec) -> ir.Model:
-        if not isinstance(spec.module, kinds):
+        key = _digest(spec)
+        if key is None:
             return export(spec)
-        shapes = [(name, tuple(value.shape), value.dtype) for name, value in spec.inputs.items()]
-        key = (type(spec.module), state_digest(spec.module), str(shapes), spec.outputs, spec.fixed)
-        if key not in kept:
-            kept[key] = ir.to_proto(export(spec)).SerializeToString()
-        return ir.from_proto(onnx.ModelProto.FromString(kept[key]))
+        file = folder / f"{key}.onnx"
+        if not file.exists():
+            paths.write(file, ir.to_proto(export(spec)).SerializeToString())
+        return ir.from_proto(onnx.ModelProto.FromString(file.read_bytes()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "to_onnx", to_onnx)
         yield
+
+
+def _digest(spec: Any) -> str | None:
+    """Names all that an export depends on; None for a network that something was hung into, or that is large."""
+    from diffpress.calibration.model import state_digest
+
+    told: list[Any] = [[(name, tuple(value.shape), value.dtype) for name, value in spec.inputs.items()]]
+    told += [spec.outputs, spec.fixed, state_digest(spec.module)]
+    if sum(tensor.numel() for tensor in spec.module.state_dict().values()) > 4e6:
+        return None
+    for name, module in spec.module.named_modules():
+        hooks = module._forward_hooks, module._forward_pre_hooks
+        if any(hooks) or any(inspect.isroutine(value) for value in vars(module).values()):
+            return None
+        config = getattr(module, "config", {})
+        said = {**vars(module), **(config.to_dict() if hasattr(config, "to_dict") else config)}
+        told.append((name, _plain(module), [(key, _plain(said[key])) for key in said if not key.startswith("_")]))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A number, a word or a collection of such; of anything else its type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return [(key, _plain(entry)) for key, entry in value.items()]
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 @pytest.fixture(scope="session")
