@@ -90,19 +90,29 @@ def _plain(value: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock StableDiffusionPipeline of random weights: 32x32 pixels, latents of 8x8. Copy it before a change."""
+    return _pipeline(tmp_path_factory.mktemp("tiny"), levels=3, layers=2)
+
+
+@pytest.fixture(scope="session")
+def least_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of 16x16 pixels that has a layer of each kind, for tests in which processes of their own export it."""
+    return _pipeline(tmp_path_factory.mktemp("least"), levels=2, layers=1)
+
+
+def _pipeline(folder: Path, levels: int, layers: int) -> Path:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from diffpress.benchmarks.shapes import models
 
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    tokenizer = models.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    (folder / "tokenizer").mkdir()
+    tokenizer = models.make_tokenizer(folder / "tokenizer")
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=models.TOKENS,
         projection_dim=32,
@@ -114,21 +124,21 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(32, 32, 64),
-            layers_per_block=2,
+            down_block_types=(*["CrossAttnDownBlock2D"] * (levels - 1), "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * (levels - 1)),
+            block_out_channels=(*[32] * (levels - 1), 64),
+            layers_per_block=layers,
             cross_attention_dim=32,
             attention_head_dim=2,
             norm_num_groups=8,
         )
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(16, 16, 32),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=(*[16] * (levels - 1), 32),
             layers_per_block=1,
             norm_num_groups=8,
-            sample_size=32,
+            sample_size=8 * 2 ** (levels - 1),
         )
         text_encoder = CLIPTextModel(text)
     StableDiffusionPipeline(
@@ -140,8 +150,8 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
 
 
 @pytest.fixture(scope="session")

@@ -50,18 +50,18 @@ Path(made).with_name(f"process-{index}.json").write_text(json.dumps(note))
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of what two processes leave: a bundle with its report, their cache, and a note by each."""
     pytest.importorskip("openvino")
     folder = tmp_path_factory.mktemp("judged")
-    made = api.compress(str(tiny_pipeline), "fp32", folder / "bundle", steps=3, quiet=True)
+    made = api.compress(str(least_pipeline), "fp32", folder / "bundle", steps=3, quiet=True)
     shutil.copytree(made.path, folder / "plain")
     (folder / "script.py").write_text(SCRIPT)
     environment = os.environ | {"DIFFPRESS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    arguments = [folder / "script.py", made.path, tiny_pipeline, folder / "plain", str(IMAGES)]
+    arguments = [folder / "script.py", made.path, least_pipeline, folder / "plain", str(IMAGES)]
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     return folder

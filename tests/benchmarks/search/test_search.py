@@ -1,4 +1,4 @@
-"""Whole searches of the tiny pipeline: killed and resumed, on a Ray cluster, and with limits that cannot be kept."""
+"""Whole searches of the least pipeline: killed and resumed, on a Ray cluster, and with limits that cannot be kept."""
 
 import json
 import os
@@ -63,12 +63,12 @@ def processes(place: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def killed(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def killed(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A search that was killed after two trials, and went on: its folder, and what there was when it was killed."""
     folder = tmp_path_factory.mktemp("searched")
     (folder / "space.yaml").write_text(SPACE)
     (folder / "plain.yaml").write_text("{steps: 6, passes: []}")
-    (folder / "model").symlink_to(tiny_pipeline)
+    (folder / "model").symlink_to(least_pipeline)
     place = folder / "found"
     first = begun(*command(place, "--trials", "4", "--workers", "2"))
     deadline = time.monotonic() + 600

@@ -1,4 +1,4 @@
-"""Trials on the tiny pipeline, in this process: what they measure, what they give up, what they leave behind."""
+"""Trials on the least pipeline, in this process: what they measure, what they give up, what they leave behind."""
 
 import json
 import socket
@@ -23,8 +23,8 @@ CACHE = {"name": "cache", "steps": 6, "passes": [{"cache": {"interval": 2}}]}
 
 
 @pytest.fixture(scope="module")
-def ground(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    settings = Settings(str(tiny_pipeline), steps=6, guidance_scale=None, seed=0, images=4, shapes=False)
+def ground(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    settings = Settings(str(least_pipeline), steps=6, guidance_scale=None, seed=0, images=4, shapes=False)
     return Ground(settings, tmp_path_factory.mktemp("search"), "trials", 1)
 
 
@@ -63,7 +63,7 @@ def test_trials_finals_and_calibration_see_other_prompts_and_noise() -> None:
 
 
 def test_the_export_and_the_references_are_made_once(ground: Ground) -> None:
-    assert ground.reference.pixels.shape == (4, 32, 32, 3)
+    assert ground.reference.pixels.shape == (4, 16, 16, 3)
     assert ground.bundle.manifest["sampling"]["steps"] == 6
     files = [ground.place / "reference-trials.npz", ground.bundle.path / "diffpress.json"]
     made = [file.stat().st_mtime_ns for file in files]
