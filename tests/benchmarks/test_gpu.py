@@ -25,7 +25,7 @@ from diffpress.errors import DiffpressError
 from diffpress.runtime import cuda
 
 CEILINGS = {"operations_per_s": {"fp32": 4e13, "fp16": 1e14, "int8": 2e14, "fp8": None}, "bytes_per_s": 1e12}
-TINY = Model("shapes", 4, 2.0, 32, {"prompts": 2, "steps": 2}, 3)
+TINY = Model("shapes", 4, 2.0, 16, {"prompts": 2, "steps": 2}, 3)
 
 
 class Cpu(Device):
@@ -261,13 +261,13 @@ def test_a_job_is_a_process_whose_error_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Rows of the tiny pipeline in torch and ONNX Runtime on the processor, from the bundles on."""
+def measured(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Rows of the least pipeline in torch and ONNX Runtime on the processor, from the bundles on."""
     work = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpu_rows.MODELS, "shapes", TINY)
         patch.setattr(gpu_rows, "LIBRARIES", ("onnxruntime",))
-        patch.setattr(gpu_bundles, "source", lambda model, folder: str(tiny_pipeline))
+        patch.setattr(gpu_bundles, "source", lambda model, folder: str(least_pipeline))
         made = bench(work, lambda job, log: gpu_worker.run(job, Cpu), only=("diffusers:", "time: int8, c"), quick=False)
         patch.setattr(Bench, "job", _smaller(Bench.job))
         rows = made.measured(TINY, CEILINGS)
@@ -332,7 +332,7 @@ def test_a_row_that_draws_nothing_of_use_is_refused(monkeypatch: pytest.MonkeyPa
         gpu_worker.probe(BASELINE, TINY, settings, Cpu(), tmp_path / "drawn.npz")
 
 
-def test_the_compiled_row_compiles_what_it_says(monkeypatch: pytest.MonkeyPatch, tiny_pipeline: Path) -> None:
+def test_the_compiled_row_compiles_what_it_says(monkeypatch: pytest.MonkeyPatch, least_pipeline: Path) -> None:
     import torch
 
     from diffpress.benchmarks.gpu_torch import Torch
@@ -345,7 +345,7 @@ def test_the_compiled_row_compiles_what_it_says(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(torch, "compile", compile_)
     row = Row("diffusers compiled", "fp16")
-    made = Torch.load(str(tiny_pipeline), TINY, row, "cpu", None, "max-autotune")
+    made = Torch.load(str(least_pipeline), TINY, row, "cpu", None, "max-autotune")
     assert [mode for _, mode in compiled] == ["max-autotune"] * 2 and made.pipeline.unet in [one for one, _ in compiled]
     assert made(["a red circle"], [1], keep_latents=True).problem is None
 
