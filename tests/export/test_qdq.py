@@ -144,7 +144,9 @@ def test_layers_with_scales_by_step_may_give_outputs_of_the_graph(model: Small, 
         with torch.no_grad(), simulated(model, plan, SCHEDULE):
             model.time_proj(feed["timestep"])  # tells the simulation the time before the first layer
             wanted = module(**feed)
-        check([(got[name], value.numpy()) for name, value in zip(("out_sample", "feature"), wanted, strict=True)], 1e-5)
+        pairs = zip(("out_sample", "feature"), wanted, strict=True)
+        # Not as near as rounding: an input that is almost half a step may be rounded the other way.
+        check([(got[name], value.numpy()) for name, value in pairs], 2e-3)
 
 
 def test_rows_at_steps_of_their_own_have_their_own_scales(model: Small, tmp_path: Path) -> None:
