@@ -38,6 +38,7 @@ from diffpress.benchmarks.recipe_rows import (
 )
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import DiffpressError
+from diffpress.paths import write_json
 from diffpress.plan import Plan, Sampling
 from diffpress.runtime import backends
 from diffpress.runtime.pipeline import Pipeline
@@ -100,7 +101,7 @@ def fastest(exported: Path, file: Path, prompt: str) -> tuple[str, str]:
     """The backend and precision that run the uncompressed export fastest; asked once for a work folder."""
     if not file.exists():
         best, _ = speed.fastest(backends.available(), lambda *pair: Pipeline.load(exported, *pair), prompt)
-        file.write_text(json.dumps(best))
+        write_json(file, best)
     best = json.loads(file.read_text("utf-8"))
     return best["name"], best["precision"]
 
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not file.exists():
             drawn = fulls[name] if name in FULL.values() else _draw(pipeline, chosen)
             entry = measure(name, row, pipeline, drawn, fulls[full], wanted, judging)
-            file.write_text(json.dumps(entry))
+            write_json(file, entry)
         entries.append(json.loads(file.read_text("utf-8")))
     if failed:
         raise DiffpressError(listed(failed))

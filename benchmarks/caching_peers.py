@@ -17,6 +17,7 @@ from diffpress.benchmarks.candidates import Drawn, Reference
 from diffpress.benchmarks.recipe_rows import BATCH, compared, file_name
 from diffpress.calibration.model import load_pipeline
 from diffpress.errors import DiffpressError
+from diffpress.paths import write_json
 from diffpress.plan import Sampling
 
 BACKEND = "torch eager fp32"
@@ -180,7 +181,7 @@ def measured(
             continue
         file = folder / f"{file_name(name)}.json"
         if not file.exists():
-            file.write_text(json.dumps(measure(name, peer, sampling, chosen, wanted, judging)))
+            write_json(file, measure(name, peer, sampling, chosen, wanted, judging))
         entries.append(json.loads(file.read_text("utf-8")))
     return entries
 

@@ -24,6 +24,7 @@ from diffpress.benchmarks.latency import alternate, paired_ratio
 from diffpress.benchmarks.recipe_rows import BATCH, compared, file_name, following
 from diffpress.compress.cache.execute import executed
 from diffpress.errors import DiffpressError
+from diffpress.paths import write_json
 from diffpress.plan import FULL, Plan, Sampling, StepProgram
 from diffpress.runtime import backends
 from diffpress.runtime.pipeline import Pipeline
@@ -92,7 +93,7 @@ def timed(place: Place, entries: Sequence[dict[str, Any]], again: bool = False) 
                 some = rows[start : start + CHUNK]
                 found = _peers(place, some) if peer else _rows(place, some)
                 for entry in some:
-                    place.times(entry).write_text(json.dumps(found[entry["name"]]))
+                    write_json(place.times(entry), found[entry["name"]])
                     bar.update()
     told = [entry | json.loads(place.times(entry).read_text("utf-8")) for entry in entries]
     rivals = {entry["rival"]["steps"] for entry in told if entry["rival"]}
@@ -249,7 +250,7 @@ def plain_schedule(place: Place, steps: int) -> dict[str, Any]:
             made[name] = compared(drawn, place.wanted, place.judging)
     nearest = {key: made[names["converged" in key]][key] for key in ERRORS}
     entry = {"steps": steps, "schedule": names[0], "schedule_converged": names[1], **made[names[0]], **nearest}
-    file.write_text(json.dumps(entry))
+    write_json(file, entry)
     return entry
 
 

@@ -150,8 +150,7 @@ class Bench:
         chosen = list(dict.fromkeys(rows))
         found = self.launch(self.job("times", model, chosen), self.log(model, f"times {name}"))
         for row in kept:
-            file = self.file(model, row, "times")
-            write_json(file, found[row.name])
+            write_json(self.file(model, row, "times"), found[row.name])
 
     def measured(self, model: Model, ceilings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every row of a model, measured."""

@@ -107,7 +107,7 @@ class Ours:
             else:
                 found, _ = fastest(pairs, open_pipeline, self._task.texts[0])
                 chosen = found["name"], found["precision"]
-            file.write_text(json.dumps(chosen))
+            write_json(file, chosen)
         backend, precision = json.loads(file.read_text("utf-8"))
         return backend, precision
 

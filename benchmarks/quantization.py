@@ -25,6 +25,7 @@ from diffpress.compress.recipe import Recipe
 from diffpress.compress.run import run
 from diffpress.compress.work import Work
 from diffpress.export.deploy import deployable, exact
+from diffpress.paths import write_json
 from diffpress.plan import LayerQuant
 
 KEPT = 16  # images whose latents are compared step by step
@@ -230,7 +231,7 @@ def main() -> None:
             if reference is None:
                 reference = drawn
                 candidates.store(folder / "fp32.npz", drawn)
-            file.write_text(json.dumps(entry))
+            write_json(file, entry)
         entries.append(json.loads(file.read_text()))
     document = {
         **head(base.sampling),

@@ -37,6 +37,7 @@ from diffpress.compress.recipe import Recipe
 from diffpress.compress.run import PassResult, run
 from diffpress.compress.schedule.economy import guidance_of, spread
 from diffpress.compress.work import Work
+from diffpress.paths import write_json
 from diffpress.plan import REUSE
 from diffpress.runtime import backends
 from diffpress.runtime.pipeline import Pipeline
@@ -230,7 +231,7 @@ def main() -> None:
             continue
         if not file.exists():
             entry = measure(name, row, exported, chosen, (own, converged), judging, folder / "unfinished")
-            file.write_text(json.dumps(entry))
+            write_json(file, entry)
         entries.append(json.loads(file.read_text()))
     timed = {shape(entry) for entry in entries if not entry["group"].startswith("INT8")}
     ratios = speedups(timed, exported, eager, chosen.texts[0])

@@ -20,6 +20,7 @@ from diffpress.benchmarks.search import ground as grounds
 from diffpress.benchmarks.search import proxy
 from diffpress.benchmarks.search.ground import Ground, Made, Settings
 from diffpress.errors import DiffpressError
+from diffpress.paths import write_json
 from diffpress.runtime.lock import locked
 
 MEASURED, HOPELESS, REFUSED, FAILED = "measured", "hopeless", "refused", "failed"
@@ -125,7 +126,7 @@ def make(
             return made, json.loads(told_file.read_text("utf-8"))
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted trial left
         made, told = _make(recipe, folder, ground, seconds, precision, rivals)
-        told_file.write_text(json.dumps(told), "utf-8")
+        write_json(told_file, told)
         made.write(folder)
         return made, told
 
