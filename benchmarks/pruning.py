@@ -13,6 +13,7 @@ import json
 import sys
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -200,18 +201,16 @@ def timed(entries: Sequence[dict[str, Any]], exported: Pipeline, text: str) -> l
     """
     found = []
     for entry in entries:
-        call, image = (dict[str, list[float]](whole=[], own=[]) for _ in range(2))
+        call, image = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
         for opening in range(OPENINGS):
-            names = ("whole", "own") if opening % 2 else ("own", "whole")
-            opened = {name: pipeline(exported, entries[0] if name == "whole" else entry, TIMED) for name in names}
+            both = [("own", entry), ("whole", entries[0])]
+            opened = {name: pipeline(exported, one, TIMED) for name, one in (both[::-1] if opening % 2 else both)}
             calls = {name: partial(_call, one) for name, one in opened.items()}
             images = {name: partial(_image, one, text) for name, one in opened.items()}
-            for times, pairs in (
-                (call, alternate(calls, CALLS, warmup=3)),
-                (image, alternate(images, TURNS, warmup=0)),
-            ):
-                for name in names:
-                    times[name] += pairs[name]
+            for name, times in alternate(calls, CALLS, warmup=3).items():
+                call[name] += times
+            for name, times in alternate(images, TURNS, warmup=0).items():
+                image[name] += times
         found.append(
             entry
             | {
