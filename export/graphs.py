@@ -22,6 +22,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from diffpress.errors import DiffpressError
+from diffpress.export import translations
 
 OPSET = 20
 # Those of `optimize_ir` that what the exporter writes can match.
@@ -104,17 +105,7 @@ def to_onnx(spec: GraphSpec) -> ir.Model:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         try:
-            program = torch.onnx.export(
-                module,
-                tuple(spec.inputs.values()),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(spec.inputs),
-                output_names=list(spec.outputs),
-                dynamic_shapes=dynamic,
-                verbose=False,
-                optimize=False,  # it is below, without copies of weights
-            )
+            program = _translated(spec, module, dynamic)
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error).strip().splitlines()[0]
             raise DiffpressError(f"{type(module).__name__} could not be exported to ONNX: {reason}") from error
@@ -127,6 +118,31 @@ def to_onnx(spec: GraphSpec) -> ir.Model:
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape = ir.Shape(["batch", *value.shape[1:]])
     return model
+
+
+def _translated(spec: GraphSpec, module: nn.Module, dynamic: tuple[Any, ...]) -> Any:
+    """torch's ONNX program of a network, translated as it was traced; where torch cannot, after taking it apart."""
+    inputs = tuple(spec.inputs.values())
+
+    def translate(program: Any, **more: Any) -> Any:
+        return torch.onnx.export(
+            program,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(spec.inputs),
+            output_names=list(spec.outputs),
+            dynamic_shapes=dynamic,
+            verbose=False,
+            optimize=False,  # it is below, without copies of weights
+            **more,
+        )
+
+    try:
+        traced = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        return translate(translations.as_it_is(traced), custom_translation_table=translations.TABLE)
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError):
+        return translate(module)
 
 
 def _simplify(model: ir.Model) -> None:

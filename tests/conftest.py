@@ -98,7 +98,6 @@ def least_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _pipeline(folder: Path, levels: int, layers: int) -> Path:
-    import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -155,7 +154,6 @@ def _pipeline(folder: Path, levels: int, layers: int) -> Path:
 @pytest.fixture(scope="session")
 def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock StableDiffusionXLPipeline of random weights: two text encoders, 32x32 pixels. Copy it before a change."""
-    import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
