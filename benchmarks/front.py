@@ -140,28 +140,30 @@ def plot(found: Sequence[Mapping[str, Any]], named: Mapping[str, str]) -> str:
 
 
 def _name(name: str, x: float, y: float, taken: list[Box]) -> str:
-    """A name beside its mark, at the first place that nothing else takes; `taken` grows by it."""
+    """A name by its mark, at the first place that nothing else takes, or least; `taken` grows by it."""
     width = LETTER * len(name)
-    places = [
-        ("start", x + 11, y + 5),
-        ("end", x - 11, y + 5),
-        ("middle", x, y - 12),
-        ("middle", x, y + 22),
-        ("start", x + 6, y - 12),
-        ("end", x - 6, y - 12),
-        ("start", x + 6, y + 22),
-        ("end", x - 6, y + 22),
-    ]
+    places = [("start", x + 11, y + 5), ("end", x - 11, y + 5)]
+    for line in range(3):  # right above and below first
+        above, below = y - 12 - line * LINE, y + 22 + line * LINE
+        places += [("middle", x, above), ("middle", x, below)]
+        places += [
+            (anchor, x + aside, base) for base in (above, below) for anchor, aside in (("start", 6), ("end", -6))
+        ]
 
     def box(anchor: str, at: float, base: float) -> Box:
         left = at - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor]
         return left, base - 0.75 * LINE, left + width, base + 0.25 * LINE
 
-    def free(place: tuple[str, float, float]) -> bool:
+    def covered(place: tuple[str, float, float]) -> float:
+        """The area that others have taken; what is outside the plot counts most."""
         left, top, right, bottom = box(*place)
-        inside = left > LEFT and right < WIDTH and bottom < HEIGHT - BOTTOM
-        return inside and not any(left < x1 and right > x0 and top < y1 and bottom > y0 for x0, y0, x1, y1 in taken)
+        others = sum(
+            max(0.0, min(right, x1) - max(left, x0)) * max(0.0, min(bottom, y1) - max(top, y0))
+            for x0, y0, x1, y1 in taken
+        )
+        outside = max(0.0, LEFT - left) + max(0.0, right - WIDTH) + max(0.0, bottom - HEIGHT + BOTTOM) + max(0.0, -top)
+        return others + 1e4 * outside
 
-    place = next(filter(free, places), places[2])
+    place = min(places, key=covered)
     taken.append(box(*place))
     return text(place[1], place[2], name, place[0], "strong")

@@ -1,3 +1,4 @@
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffpress.benchmarks import front
-from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, STRICT, Drawn, draw
+from diffpress.benchmarks.candidates import COMPRESSED, EXPORT, PLAIN, REFERENCE, RESCHEDULED, STRICT, Drawn, draw
 from diffpress.benchmarks.plain import Rival, Trial
 from diffpress.plan import Sampling
 
@@ -58,6 +59,24 @@ def test_faster_is_to_the_right_and_better_above() -> None:
     corners = [float(value) for value in re.findall(r"H([\d.]+)", path)]
     assert corners == sorted(corners) and len(corners) == sum(one["front"] for one in rows) == 4
     assert "44.0 dB" in svg and "identical" in svg
+
+
+def test_names_stay_within_the_plot_and_cover_no_other() -> None:
+    """As close together as those of the recipe `max` were found."""
+    rows = [row(1, None, REFERENCE), row(3.2, 97, EXPORT), row(4.5, 55, STRICT), row(7.5, 38.8, RESCHEDULED)]
+    rows += [row(38.8, 33.2, COMPRESSED), row(40.8, 31.2, PLAIN), row(34.7, 34.6), row(40.8, 23), row(40.8, 21.7)]
+    named = {REFERENCE: "diffusers", EXPORT: "export FP32", STRICT: "export BF16", RESCHEDULED: "diffusers, 6 steps"}
+    named |= {COMPRESSED: "compressed", PLAIN: "5 DPM-Solver++ Karras steps"}
+    tree = ElementTree.fromstring(front.plot([one | {"front": True} for one in rows], named))
+    boxes = []
+    for name in (node for node in tree.iter("text") if node.get("class") == "strong"):
+        width, at, base = front.LETTER * len(name.text or ""), float(name.get("x", 0)), float(name.get("y", 0))
+        left = at - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[name.get("text-anchor", "start")]
+        boxes.append((left, base - 15, left + width, base + 5))
+        assert left >= 0 and left + width <= float(tree.get("viewBox", "").split()[2])
+    assert len(boxes) == len(named)
+    for (l0, t0, r0, b0), (l1, t1, r1, b1) in itertools.combinations(boxes, 2):
+        assert r0 <= l1 or r1 <= l0 or b0 <= t1 or b1 <= t0
 
 
 @pytest.mark.parametrize("rows", [[row(1, None)], [row(1, 100.0), row(1, 61)], [row(1, 5.0), row(300, 4.9)]])
