@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from diffpress.benchmarks import speed
+from diffpress.benchmarks.candidates import REFERENCE, Candidate
 from diffpress.benchmarks.latency import alternate, paired_ratio
-from diffpress.benchmarks.search.ground import Ground
+from diffpress.benchmarks.search.ground import OPEN_BYTES, Ground
 from diffpress.benchmarks.search.space import Space
 from diffpress.errors import DiffpressError
 from diffpress.paths import write_json
 from diffpress.runtime import backends
+from diffpress.runtime.pipeline import Pipeline
 
-ROUNDS = 9
+ROUNDS = 7
 PLAIN = "fp32"
 
 
@@ -67,17 +70,21 @@ def measure(ground: Ground, space: Space) -> Base:
 def _faster(ground: Ground, space: Space) -> dict[str, float]:
     """How many times faster than diffusers the export is, by "backend precision", the fastest first.
 
-    One is open at a time, since a large model fits once; those that fail, or draw broken images, are left out.
+    Those that fail, or draw broken images, are left out. Large ones are open one at a time, since they fit once.
     """
-    texts, ratios = ground.prompts.texts, dict[str, float]()
-    for pair in pairs(space):
-        try:
-            exported = ground.exported(*pair)
-            if exported(texts[:1], [0]).problem is not None:
-                continue
-        except DiffpressError:
-            continue
-        times = alternate({"": speed.single(ground.eager, texts), "own": speed.single(exported, texts)}, ROUNDS)
-        ratios[" ".join(pair)] = paired_ratio(times[""], times["own"])
-        del exported
+    texts, ratios, wanted = ground.prompts.texts, dict[str, float](), pairs(space)
+    size = ground.bundle.manifest["sizes"]["denoiser_reference"]
+    alone = size * len(wanted) > OPEN_BYTES
+    for group in [[pair] for pair in wanted] if alone else [wanted]:
+        opened: dict[str, Candidate] = {}
+        for pair in group:
+            with suppress(DiffpressError):
+                exported = Pipeline.load(ground.bundle, *pair, ground.threads)
+                if exported(texts[:1], [0]).problem is None:
+                    opened[" ".join(pair)] = exported
+        if opened:
+            every = {REFERENCE: ground.eager, **opened}
+            times = alternate({name: speed.single(one, texts) for name, one in every.items()}, ROUNDS)
+            ratios |= {name: paired_ratio(times[REFERENCE], times[name]) for name in opened}
+        del opened
     return dict(sorted(ratios.items(), key=lambda item: -item[1]))

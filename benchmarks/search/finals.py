@@ -15,7 +15,7 @@ from diffpress.benchmarks import speed
 from diffpress.benchmarks.candidates import EXPORT, REFERENCE, Candidate
 from diffpress.benchmarks.latency import paired_ratio
 from diffpress.benchmarks.search import objective, trial
-from diffpress.benchmarks.search.ground import Ground
+from diffpress.benchmarks.search.ground import OPEN_BYTES, Ground
 from diffpress.benchmarks.search.objective import Loss
 from diffpress.benchmarks.search.workers import Record
 from diffpress.gates import Gate
@@ -23,7 +23,6 @@ from diffpress.paths import write_json
 
 MARGIN = 0.05  # of speed and loss, within which a trial is not worse than another
 MOST = 10  # finalists beside the recipes that came first
-OPEN_BYTES = 2e9  # of graphs that are opened together, so that they alternate in the same rounds
 ROUNDS = 15
 
 

@@ -49,7 +49,7 @@ class Asked:
     workers: int | None = None
     ray: str | None = None
     prompts: Path | None = None
-    images: int = 24
+    images: int = 16
     seed: int = 0
 
 

@@ -25,7 +25,7 @@ from diffpress.runtime.lock import locked
 
 MEASURED, HOPELESS, REFUSED, FAILED = "measured", "hopeless", "refused", "failed"
 UNSAID = ("name", "description", "gates")  # keys of a recipe that change nothing in what it does
-ROUNDS = 7  # of timing, beside other trials; what ends on the front is timed again alone
+ROUNDS = 5  # of timing, beside other trials; what ends on the front is timed again alone
 
 
 def key_of(recipe: Mapping[str, Any], precision: str = "") -> str:

@@ -199,7 +199,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--ray", metavar="ADDRESS", help="run them on a Ray cluster: host:port, or auto for this machine's")
     prompts = "prompts of yours, one a line: a third calibrates, a third judges trials, a third the front"
     add("--prompts", type=Path, metavar="FILE", help=prompts)
-    add("--images", type=_whole(2), default=24, metavar="N", help="to judge a trial on (default: %(default)s)")
+    add("--images", type=_whole(2), default=16, metavar="N", help="to judge a trial on (default: %(default)s)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of calibration, images and suggestions (default: 0)")
 
     add = made["inspect"].add_argument
