@@ -27,22 +27,22 @@ def _cast_on(x: Any, device: Any, dtype: int, *_: Any, **__: Any) -> Any:
     return op.Cast(x, to=dtype)
 
 
-def _shaped(x: Any, shape: list[int]) -> Any:
-    """With a 0 for a dimension that stays as it is."""
-    sizes: Any = op.Constant(value_ints=shape)
-    return op.Reshape(x, sizes)
-
-
-def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
-    if dim not in (-1, len(x.shape) - 1):
-        raise NotImplementedError("unflatten of a dimension that is not the last")
-    return _shaped(x, [0] * (len(x.shape) - 1) + [int(size) for size in sizes])
+def _unflatten(x: Any, dim: int, sizes: Sequence[Any]) -> Any:
+    dim %= len(x.shape)
+    return _shaped(x, dim, [size if isinstance(size, int) else -1 for size in sizes], dim + 1)
 
 
 def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if end_dim not in (-1, len(x.shape) - 1):
-        raise NotImplementedError("flatten of dimensions that are not the last")
-    return _shaped(x, [0] * (start_dim % len(x.shape)) + [-1])
+    return _shaped(x, start_dim % len(x.shape), [-1], end_dim % len(x.shape) + 1)
+
+
+def _shaped(x: Any, start: int, sizes: list[int], end: int) -> Any:
+    """`x` with `sizes` in place of its dimensions from `start` to `end`; -1 is what is left for it."""
+    shape = [0] * start + sizes + list(x.shape[end:])  # 0 stands for a dimension that stays where it is
+    if shape.count(-1) > 1 or not all(isinstance(size, int) for size in shape):
+        raise NotImplementedError("several dimensions that are known at run time alone")
+    wanted: Any = op.Constant(value_ints=shape)
+    return op.Reshape(x, wanted)
 
 
 def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
