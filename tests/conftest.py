@@ -188,7 +188,7 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             block_out_channels=(32, 32, 64),
             transformer_layers_per_block=(1, 1, 2),
-            layers_per_block=2,
+            layers_per_block=1,
             cross_attention_dim=32,
             attention_head_dim=(1, 2, 4),
             use_linear_projection=True,
