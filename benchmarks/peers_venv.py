@@ -18,7 +18,7 @@ from typing import Any
 
 from diffpress.benchmarks.gpu_launch import LONGEST, Failed
 
-SHARED = ("numpy", "pillow", "tqdm", "safetensors")  # what a worker needs of its own, beside torch
+SHARED = ("numpy", "pillow", "pydantic", "tqdm", "safetensors")  # what a worker needs of its own, beside torch
 CUDA = re.compile(r"nvidia-(cu|nccl|nvjitlink|nvtx|nvshmem)|cuda-toolkit$|triton$")
 DONE = "installed.json"
 Run = Callable[[Sequence[str]], str]  # a command's output; raises `Failed`
@@ -71,6 +71,14 @@ def check(name: str, chosen: dict[str, str], torch: str) -> None:
     """Raises `Failed` where pip would bring another torch, or CUDA."""
     if chosen.get("torch") != torch:
         raise Failed(f"{name} would bring torch {chosen.get('torch')} in place of {torch}: not installed")
+    if "+cpu" not in torch:
+        return
+    # Its operators are compiled against one build of torch, and that of PyPI is the one with CUDA.
+    vision = chosen.get("torchvision")
+    if vision is not None and "+cpu" not in vision:
+        raise Failed(
+            f"{name} would bring torchvision {vision}, which does not load beside torch {torch}: not installed"
+        )
     cuda = sorted(package for package in chosen if CUDA.match(package))
-    if cuda and "+cpu" in torch:
+    if cuda:
         raise Failed(f"{name} would bring libraries of CUDA ({', '.join(cuda)[:80]}): not installed")

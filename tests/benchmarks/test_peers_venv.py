@@ -64,3 +64,11 @@ def test_a_command_that_fails_says_its_first_error() -> None:
     with pytest.raises(Failed, match=r"^No matching distribution$"):
         peers_venv.run([sys.executable, "-c", script])
     assert peers_venv.run([sys.executable, "-c", "print('fine')"]).strip() == "fine"
+
+
+def test_only_a_torchvision_that_fits_torch_is_taken() -> None:
+    cpu = "2.13.0+cpu"
+    with pytest.raises(Failed, match=r"torchvision 0\.28\.0, which does not load beside torch 2\.13\.0\+cpu"):
+        peers_venv.check("peer", {"torch": cpu, "torchvision": "0.28.0"}, cpu)
+    peers_venv.check("peer", {"torch": cpu, "torchvision": "0.28.0+cpu"}, cpu)
+    peers_venv.check("peer", {"torch": "2.13.0", "torchvision": "0.28.0"}, "2.13.0")
