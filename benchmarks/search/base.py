@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -72,19 +72,22 @@ def _faster(ground: Ground, space: Space) -> dict[str, float]:
 
     Those that fail, or draw broken images, are left out. Large ones are open one at a time, since they fit once.
     """
-    texts, ratios, wanted = ground.prompts.texts, dict[str, float](), pairs(space)
-    size = ground.bundle.manifest["sizes"]["denoiser_reference"]
-    alone = size * len(wanted) > OPEN_BYTES
-    for group in [[pair] for pair in wanted] if alone else [wanted]:
-        opened: dict[str, Candidate] = {}
-        for pair in group:
-            with suppress(DiffpressError):
-                exported = Pipeline.load(ground.bundle, *pair, ground.threads)
-                if exported(texts[:1], [0]).problem is None:
-                    opened[" ".join(pair)] = exported
-        if opened:
-            every = {REFERENCE: ground.eager, **opened}
-            times = alternate({name: speed.single(one, texts) for name, one in every.items()}, ROUNDS)
-            ratios |= {name: paired_ratio(times[REFERENCE], times[name]) for name in opened}
-        del opened
+    wanted, size = pairs(space), ground.bundle.manifest["sizes"]["denoiser_reference"]
+    groups = [[pair] for pair in wanted] if size * len(wanted) > OPEN_BYTES else [wanted]
+    ratios = {name: ratio for group in groups for name, ratio in _timed(ground, group).items()}
     return dict(sorted(ratios.items(), key=lambda item: -item[1]))
+
+
+def _timed(ground: Ground, group: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """The same of some pairs, which are open together and timed in the same rounds."""
+    texts, opened = ground.prompts.texts, dict[str, Candidate]()
+    for pair in group:
+        with suppress(DiffpressError):
+            exported = Pipeline.load(ground.bundle, *pair, ground.threads)
+            if exported(texts[:1], [0]).problem is None:
+                opened[" ".join(pair)] = exported
+    if not opened:
+        return {}
+    every = {REFERENCE: ground.eager, **opened}
+    times = alternate({name: speed.single(one, texts) for name, one in every.items()}, ROUNDS)
+    return {name: paired_ratio(times[REFERENCE], times[name]) for name in opened}

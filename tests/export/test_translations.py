@@ -1,6 +1,5 @@
 """Networks are translated as they were traced: the same numbers, from one tracing."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ class Inner(Parts):
 
 
 @pytest.fixture
-def translated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def translated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every translation whether it was of a network as it was traced."""
     found: list[bool] = []
     export = torch.onnx.export
@@ -56,7 +55,7 @@ def translated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return export(program, *inputs, **options)
 
     monkeypatch.setattr(torch.onnx, "export", spied)
-    yield found
+    return found
 
 
 @pytest.mark.parametrize(("kind", "calls"), [(Parts, [True]), (InPlace, [True, False]), (Inner, [True])])
