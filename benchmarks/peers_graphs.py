@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffpress.benchmarks.peers_torch import Diffusers, Network, Plain, modelopt, stored
@@ -225,8 +226,8 @@ def with_optimum(task: Task) -> Diffusers:
     from diffpress.calibration.model import folder_of
 
     library = require("optimum.onnxruntime", "peers", "run optimum-onnx")
-    folder = task.place / "optimum"
-    source = folder_of(task.source)
+    folder, source = task.place / "optimum", task.place / "optimum-source"
+    once(source, lambda place: for_older_transformers(folder_of(task.source), place))
 
     def make(place: Path) -> None:
         library.ORTStableDiffusionPipeline.from_pretrained(str(source), export=True).save_pretrained(place)
@@ -236,3 +237,21 @@ def with_optimum(task: Task) -> Diffusers:
     pipeline.set_progress_bar_config(disable=True)
     size = sum(file.stat().st_size for file in (folder / UNET).iterdir())
     return Diffusers(task, pipeline, backend="onnxruntime fp32", bytes=size, params=None, seconds=seconds)
+
+
+def for_older_transformers(source: Path, place: Path) -> None:
+    """Copy a diffusers folder as transformers wrote it before version 5, which reads nothing else.
+
+    It is silent about the names of weights: a text encoder with none that it knows is left at random.
+    """
+    shutil.copytree(source, place, dirs_exist_ok=True)
+    tokenizer, text = place / "tokenizer", place / "text_encoder/model.safetensors"
+    if not (tokenizer / "vocab.json").exists():
+        found = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))
+        special = {entry["content"]: entry["id"] for entry in found["added_tokens"]}
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in found["model"]["merges"]]
+        (tokenizer / "vocab.json").write_text(json.dumps(found["model"]["vocab"] | special), "utf-8")
+        (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    weights = load_file(text)
+    if not any(name.startswith("text_model.") for name in weights):
+        save_file({f"text_model.{name}": value for name, value in weights.items()}, text, {"format": "pt"})

@@ -1,5 +1,6 @@
 """Contenders in diffusers' pipeline draw what diffusers draws, in torch and with graphs in place of its networks."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffpress.benchmarks import peers, peers_graphs, peers_rows, peers_torch
 from diffpress.benchmarks.candidates import Reference
@@ -128,3 +130,18 @@ def test_something_is_made_once_and_whole(tmp_path: Path) -> None:
     made: list[Path] = []
     seconds = [peers_graphs.once(place, lambda folder: made.append(folder)) for _ in range(2)]
     assert len(made) == 1 and seconds[0] == seconds[1] >= 0 and not (place / "half").exists()
+
+
+def test_a_folder_for_older_transformers_has_the_names_that_they_know(tiny_pipeline: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    before = load_file(tiny_pipeline / "text_encoder/model.safetensors")
+    peers_graphs.for_older_transformers(tiny_pipeline, tmp_path)
+    after = load_file(tmp_path / "text_encoder/model.safetensors")
+    assert all(torch.equal(after[f"text_model.{name.removeprefix('text_model.')}"], before[name]) for name in before)
+    assert len(after) == len(before) and (tmp_path / "unet/config.json").exists()
+    vocabulary = json.loads((tmp_path / "tokenizer/vocab.json").read_text())
+    assert vocabulary == CLIPTokenizer.from_pretrained(tiny_pipeline / "tokenizer").get_vocab()
+    assert (tmp_path / "tokenizer/merges.txt").read_text().splitlines()[0].startswith("#version")
+    peers_graphs.for_older_transformers(tmp_path, tmp_path / "again")  # one that has them is copied as it is
+    assert load_file(tmp_path / "again/text_encoder/model.safetensors").keys() == after.keys()
