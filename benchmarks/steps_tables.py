@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import plots
+from diffpress.benchmarks import plots, recipe_tables
 
-RESULTS = PRESETS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 TOLD = (8, 10, 12, 20)  # step counts that the README tells
 # What a found schedule of a solver has to beat, by the solver's name in row names.
 UNIFORM = {"Euler": "DDIM, trailing"}
@@ -26,12 +26,6 @@ DRAWN = {
 def _data() -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / "steps.json").read_text("utf-8"))
     return data
-
-
-def _preset(name: str) -> Mapping[str, Any]:
-    rows = json.loads((PRESETS / "presets.json").read_text("utf-8"))["rows"]
-    found: Mapping[str, Any] = next(row for row in rows if row["name"] == name)
-    return found
 
 
 def _split(name: str) -> str:
@@ -121,8 +115,8 @@ def steps_claims() -> str:
                 own, plain_error = (rows[name]["latent_rel_l2_converged_median"] for name in names)
                 what = f"{method}, {count} steps: median error against uniform"
                 made.append((what, "lower", f"{own:.3f} : {plain_error:.3f}", own < plain_error))
-    fast = _preset("fast")
-    own_points = 100 * (fast["attribute_accuracy"] - _preset("diffusers")["attribute_accuracy"])
+    fast = recipe_tables.reached()["fast"]
+    own_points = recipe_tables.points(fast)
     speed, psnr = fast["speedup_vs_eager"], fast["psnr_db"]
     made += [
         ("`fast`: end to end against diffusers at 50 steps", "at least 15x", f"{speed:.1f}x", speed >= 15),

@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import caching_tables, peers_tables, pruning_tables, scale_tables, steps_tables, verdict
+from diffpress.benchmarks import (
+    caching_tables,
+    peers_tables,
+    pruning_tables,
+    recipe_tables,
+    scale_tables,
+    steps_tables,
+    verdict,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -64,58 +72,6 @@ PEERS = {
 
 def _cell(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def presets() -> str:
-    """Speed and quality of every recipe, from results/presets.json."""
-    data = json.loads((RESULTS / "presets.json").read_text("utf-8"))
-    head = "| recipe | backend | steps | vs diffusers | vs uncompressed | denoiser | PSNR | latent error | CLIP | Fréchet | attributes |"  # noqa: E501
-    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for row in data["rows"]:
-        cells = [
-            row["name"] if row["group"] != "recipe" else f"`{row['name']}`",
-            row["backend"],
-            str(row["steps"]),
-            f"{row['speedup_vs_eager']:.1f}x",
-            _cell(row["speedup_vs_uncompressed"], ".1f") + ("x" if row["speedup_vs_uncompressed"] else ""),
-            f"{row['bytes'] / 1e6:.1f} MB",
-            _cell(row["psnr_db"], ".1f"),
-            _cell(row["latent_rel_l2"], ".3f"),
-            _cell(row["clip_score"], ".2f"),
-            _cell(row["frechet"], ".3f"),
-            _cell(row["attribute_accuracy"], ".1%"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    where = f"{data['machine']['processor']}, {data['machine']['cores']} cores"
-    lines += ["", f"{data['images']} images of held-out captions, {data['sampling']['scheduler']}; {where}."]
-    return "\n".join(lines)
-
-
-def claims() -> str:
-    """What `balanced` was asked to reach on `shapes`, and what it reached."""
-    found = {row["name"]: row for row in json.loads((RESULTS / "presets.json").read_text("utf-8"))["rows"]}
-    own, reference = found["balanced"], found["diffusers"]
-    points = 100 * (own["attribute_accuracy"] - reference["attribute_accuracy"])
-    share = own["bytes"] / reference["bytes"]
-    rows = [
-        (
-            "end to end against diffusers FP32",
-            "at least 6x",
-            f"{own['speedup_vs_eager']:.1f}x",
-            own["speedup_vs_eager"] >= 6,
-        ),
-        (
-            "end to end against the uncompressed export, same backend",
-            "at least 2x",
-            f"{own['speedup_vs_uncompressed']:.1f}x",
-            own["speedup_vs_uncompressed"] >= 2,
-        ),
-        ("denoiser on disk, share of its FP32 bytes", "at most 30 %", f"{share:.1%}", share <= 0.30),
-        ("attribute accuracy against diffusers", "at most 1 point lower", f"{points:+.1f} points", points >= -1),
-    ]
-    lines = ["| `balanced`, 50 DDIM steps | asked | reached | |", "|---|---|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in rows]
-    return "\n".join(lines)
 
 
 def demo() -> str:
@@ -294,13 +250,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "caching": caching_tables.caching,
     "caching_all": caching_tables.caching_all,
     "caching_claims": caching_tables.claims,
-    "claims": claims,
+    "claims": recipe_tables.claims,
     "demo": demo,
     "faithful": faithful,
     "peers": peers_tables.peers,
     "peers_all": peers_tables.peers_all,
     "peers_claims": peers_tables.claims,
-    "presets": presets,
+    "presets": recipe_tables.presets,
     "pruning": pruning_tables.pruning,
     "pruning_all": pruning_tables.pruning_all,
     "pruning_claims": pruning_tables.claims,
@@ -320,8 +276,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "unet_speed": unet_speed,
 }
 RECIPES = sorted((ROOT / "compress" / "recipes").glob("*.yaml"))
-PLOTS = {"steps.svg": steps_tables.plot, "caching.svg": caching_tables.plot}
-DOCS = [ROOT / "docs" / name for name in ("quantization.md", "steps.md", "caching.md", "pruning.md", *PLOTS)]
+PLOTS = {"steps.svg": steps_tables.plot, "caching.svg": caching_tables.plot, "peers.svg": peers_tables.plot}
+PAGES = ("quantization.md", "steps.md", "caching.md", "pruning.md", "peers.md")
+DOCS = [ROOT / "docs" / name for name in (*PAGES, *PLOTS)]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "shapes" / "README.md", *DOCS, *RECIPES)
 
 
@@ -332,19 +289,8 @@ def filled(file: Path) -> str:
     text = file.read_text("utf-8")
     if file.suffix == ".yaml":
         rest = [line for line in text.splitlines(keepends=True) if not line.startswith("# On `shapes`")]
-        return _recipe_comment(file.stem) + "".join(rest)
+        return recipe_tables.comment(file.stem) + "".join(rest)
     return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + "\n" + found[3], text)
-
-
-def _recipe_comment(name: str) -> str:
-    rows = json.loads((RESULTS / "presets.json").read_text("utf-8"))["rows"]
-    own, reference = (next(row for row in rows if row["name"] == wanted) for wanted in (name, "diffusers"))
-    points = 100 * (own["attribute_accuracy"] - reference["attribute_accuracy"])
-    share = own["bytes"] / reference["bytes"]
-    return (
-        f"# On `shapes`: {own['speedup_vs_eager']:.1f}x diffusers FP32 ({own['backend']}), "
-        f"{share:.0%} of its denoiser bytes, PSNR {own['psnr_db']:.1f} dB, attributes {points:+.1f} points.\n"
-    )
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffpress.benchmarks import peers, peers_tables, plots
+from diffpress.benchmarks import peers, peers_tables, plots, recipe_tables
 
 DDIM, FEW = ("DDIM", 50), ("DPM-Solver++", 12)
 
@@ -111,6 +111,30 @@ def test_claims_say_where_a_peer_is_in_front_and_by_how_much_ours_is_faster(writ
     assert "2.18x: diffpress int8 (12 DPM-Solver++) over OpenVINO (12 DPM-Solver++)" in by["any schedule"]
     assert by["any schedule"].endswith("| yes |") and "3.00x" in by["50 steps"]
     assert "1.67x: diffpress int8 over OpenVINO" in by["error at most"] and by["error at most"].endswith("| **no** |")
+
+
+def test_recipes_have_the_row_of_their_own_schedule_or_of_all_steps(
+    written: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe_tables, "shipped", lambda: {"int8": Path("int8.yaml")})
+    found = recipe_tables.reached()
+    assert list(found) == ["diffusers FP32", "int8"] and found["int8"]["steps"] == 50
+    assert recipe_tables.points(found["int8"]) == pytest.approx(0)
+    lines = recipe_tables.presets().splitlines()
+    assert len({line.count("|") for line in lines[:-2]}) == 1
+    assert lines[3].startswith("| `int8` | a library | 50 | 9.0x |") and lines[4].startswith(
+        "| OpenVINO, DPM-Solver++ |"
+    )
+    line = recipe_tables.comment("int8")
+    assert line == (
+        "# On `shapes`: 9.0x diffusers FP32 (a library), 100% of its denoiser bytes, PSNR 51.0 dB, attributes +0.0 points.\n"
+    )
+    balanced = row("diffpress balanced", 5.0, speedup_vs_uncompressed=2.5, bytes=1_000_000)
+    document = peers_tables.data() | {"rows": [*ROWS, balanced]}
+    monkeypatch.setattr(peers_tables, "data", lambda: document)
+    monkeypatch.setattr(recipe_tables, "shipped", lambda: {"balanced": Path("balanced.yaml")})
+    told = recipe_tables.claims()
+    assert told.count("| yes |") == 3 and "| 5.0x | **no** |" in told
 
 
 def test_the_plot_stands_alone_and_names_the_fronts(written: None) -> None:

@@ -1,0 +1,83 @@
+"""What the shipped recipes reach on `shapes`, from results/peers.json; `benchmarks.tables` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffpress.benchmarks import peers_tables
+from diffpress.benchmarks.peers_tables import ACCURACY, REFERENCE, SPEED
+from diffpress.compress.recipe import presets as shipped
+
+Row = Mapping[str, Any]
+OURS = "diffpress "  # before a recipe's name, among contenders
+
+
+def reached() -> dict[str, Row]:
+    """By name, the row of diffusers FP32 and that of every shipped recipe: at its own steps, or else the model's 50."""
+    first: dict[str, Row] = {}
+    for row in peers_tables.running(peers_tables.data()["rows"]):
+        first.setdefault(row["contender"], row)
+    return {REFERENCE: first[REFERENCE], **{name: first[OURS + name] for name in shipped()}}
+
+
+def points(row: Row) -> float:
+    """Percentage points of attribute accuracy above diffusers'."""
+    return 100.0 * float(row[ACCURACY] - reached()[REFERENCE][ACCURACY])
+
+
+def presets() -> str:
+    """Speed and quality of every recipe, with the fastest peer whose attributes count as equal."""
+    lines = [
+        "| recipe | backend | steps | vs diffusers | vs uncompressed | denoiser | PSNR | latent error | to converged | CLIP | Fréchet | attributes |",  # noqa: E501
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    rows = reached()
+    for name, row in {**rows, "": peers_tables.fastest_peer()}.items():
+        said = f"`{name}`" if name in rows and name != REFERENCE else f"{row['contender']}, {row['schedule']}"
+        cells = [
+            said,
+            row["backend"],
+            str(row["steps"]),
+            f"{row[SPEED]:.1f}x",
+            _cell(row["speedup_vs_uncompressed"], ".1f", "x"),
+            f"{row['bytes'] / 1e6:.1f} MB",
+            _cell(row["psnr_db"], ".1f"),
+            _cell(row["latent_rel_l2"], ".3f"),
+            _cell(row["latent_rel_l2_converged"], ".3f"),
+            _cell(row["clip_score"], ".2f"),
+            _cell(row["frechet"], ".3f"),
+            _cell(row[ACCURACY], ".1%"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", peers_tables.where(peers_tables.data())])
+
+
+def claims() -> str:
+    """What `balanced` was asked to reach, and what it reached."""
+    rows = reached()
+    own = rows["balanced"]
+    share, plain = own["bytes"] / rows[REFERENCE]["bytes"], own["speedup_vs_uncompressed"]
+    made = [
+        ("end to end against diffusers FP32", "at least 6x", f"{own[SPEED]:.1f}x", own[SPEED] >= 6),
+        ("end to end against the uncompressed export in FP32", "at least 2x", f"{plain:.1f}x", plain >= 2),
+        ("denoiser on disk, share of its FP32 bytes", "at most 30 %", f"{share:.1%}", share <= 0.30),
+        ("attribute accuracy", "at most 1 point lower", f"{points(own):+.1f} points", points(own) >= -1),
+    ]
+    lines = ["| `balanced`, 50 DDIM steps | asked | reached | |", "|---|---|--:|---|"]
+    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
+    return "\n".join(lines)
+
+
+def comment(name: str) -> str:
+    """The first line of a shipped recipe's file."""
+    own, reference = reached()[name], reached()[REFERENCE]
+    share = own["bytes"] / reference["bytes"]
+    return (
+        f"# On `shapes`: {own[SPEED]:.1f}x diffusers FP32 ({own['backend']}), {share:.0%} of its denoiser bytes, "
+        f"PSNR {own['psnr_db']:.1f} dB, attributes {points(own):+.1f} points.\n"
+    )
+
+
+def _cell(value: Any, form: str, unit: str = "") -> str:
+    return "–" if value is None else format(value, form) + unit
