@@ -26,7 +26,7 @@ TEACHING = {
         "compress a pipeline into a bundle",
         """  diffpress compress ./stable-diffusion-v1-5 --recipe balanced --output sd15/
 makes sd15/: INT8 graphs, cached steps and everything that 'diffpress run' needs. Recipes: fp32 (export only), int8,
-cache, cachequant, balanced, fast, or a YAML file of your own. With --target sm89 the engines for that GPU are built as
+cache, cachequant, balanced, fast, max, or a YAML file of your own. With --target sm89 the engines for that GPU are built as
 well. --gate "speedup >= 3" --gate "psnr >= 30" measures the bundle afterwards; one that fails exits with code 3.""",
     ),
     "build": (
@@ -123,7 +123,7 @@ def parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     add = made["compress"].add_argument
     add("model", metavar="MODEL", help="a diffusers folder, a hub id, or 'shapes' (the embedded pipeline)")
-    known = "fp32, int8, cache, cachequant, balanced, fast"
+    known = "fp32, int8, cache, cachequant, balanced, fast, max"
     add("--recipe", required=True, metavar="NAME_OR_FILE", help=f"{known} or a YAML file")
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the folder to make; must not exist")
     add("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with, one a line (default: built in)")

@@ -11,7 +11,7 @@ from diffpress.errors import DiffpressError
 
 
 def test_every_shipped_recipe_loads_and_says_what_was_measured() -> None:
-    assert set(recipe.presets()) == {"fp32", "int8", "cache", "cachequant", "balanced", "fast"}
+    assert set(recipe.presets()) == {"fp32", "int8", "cache", "cachequant", "balanced", "fast", "max"}
     for name, file in recipe.presets().items():
         loaded = recipe.load(name)
         assert loaded.name == name

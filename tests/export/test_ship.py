@@ -1,6 +1,7 @@
 """Every shipped recipe through export: structure, sizes, and two runtimes that agree with torch and each other."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def made(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def make(recipe: str) -> Bundle:
-        return compress(str(tiny_pipeline), recipe, folder / recipe, steps=6, quiet=True)
+        file = folder / f"{recipe}.yaml"  # as it is shipped, but for how long it learns
+        file.write_text(re.sub("iterations: [0-9]+", "iterations: 4", presets()[recipe].read_text("utf-8")))
+        return compress(str(tiny_pipeline), str(file), folder / recipe, steps=6, quiet=True)
 
     return make
 
@@ -62,7 +65,7 @@ def test_both_runtimes_run_every_graph_and_agree(made: Any, recipe: str) -> None
     error = np.linalg.norm(first - second) / np.linalg.norm(first)
     # Floats agree to their last bits. Integers round differently on the edges, and a network of random weights
     # amplifies that; tests/benchmarks/shapes compares the two on trained weights.
-    assert error < (0.3 if recipe in ("int8", "cachequant", "balanced", "fast") else 1e-4)
+    assert error < (0.3 if recipe in ("int8", "cachequant", "balanced", "fast", "max") else 1e-4)
 
 
 def test_fp32_bundle_draws_what_diffusers_draws(made: Any, tiny_pipeline: Path) -> None:
