@@ -253,6 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "claims": recipe_tables.claims,
     "demo": demo,
     "faithful": faithful,
+    "max_claims": recipe_tables.max_claims,
     "peers": peers_tables.peers,
     "peers_all": peers_tables.peers_all,
     "peers_claims": peers_tables.claims,
