@@ -26,8 +26,9 @@ TEACHING = {
         "compress a pipeline into a bundle",
         """  diffpress compress ./stable-diffusion-v1-5 --recipe balanced --output sd15/
 makes sd15/: INT8 graphs, cached steps and everything that 'diffpress run' needs. Recipes: fp32 (export only), int8,
-cache, cachequant, balanced, fast, max, or a YAML file of your own. With --target sm89 the engines for that GPU are built as
-well. --gate "speedup >= 3" --gate "psnr >= 30" measures the bundle afterwards; one that fails exits with code 3.""",
+cache, cachequant, balanced, fast, max, or a YAML file of your own. With --target sm89 the engines for that GPU are
+built as well. --gate "speedup >= 3" --gate "psnr >= 30" measures the bundle afterwards; one that fails exits
+with code 3.""",
     ),
     "build": (
         "build a bundle's TensorRT engines, without a GPU",
