@@ -124,8 +124,15 @@ def speeds(bench: Bench, model: Model, contender: Contender, schedule: str, _: M
         **told,
         "speedup_vs_eager": 1.0 if first else own,
         "speedup_vs_uncompressed": own / plain if plain and contender.plain != contender.name else None,
-        "images_per_second": None if model.name == CALL else 1000 / told["p50_ms"],
     }
+
+
+def pace(bench: Bench, model: Model) -> float | None:
+    """Images a second of the reference over all rounds of the run: the machine's own speed drifts between the rows."""
+    pairs = [(name, schedule) for name, found in bench.contenders.items() for schedule in found.schedules(model)]
+    known = [bench.known("times", model, *pair) or {} for pair in pairs]
+    times = [ms for found in known for ms in found.get("reference", ())]
+    return 1000 / float(np.median(times)) if times and model.name != CALL else None
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -154,7 +161,11 @@ def measured(bench: Bench, model: Model) -> list[Found]:
         for worker in kept:
             worker.close()
     pairs = [(contender, name) for contender in bench.contenders.values() for name in contender.schedules(model)]
-    return [entry(bench, model, contender, schedule) for contender, schedule in pairs]
+    rows, rate = [entry(bench, model, contender, schedule) for contender, schedule in pairs], pace(bench, model)
+    for row in rows:
+        if rate is not None and row["speedup_vs_eager"] is not None:
+            row["images_per_second"] = rate * row["speedup_vs_eager"]
+    return rows
 
 
 def task(contender: Contender, model: Model, work: Path, texts: Sequence[str]) -> Task:

@@ -114,8 +114,12 @@ class Ours:
 
 @cache
 def code(recipe: str) -> str:
-    """A digest of a preset and of all that makes and runs its bundles, which are made anew where it changes."""
-    found = hashlib.sha256(presets()[recipe].read_bytes())
+    """A digest of a preset and of all that makes and runs its bundles, which are made anew where it changes.
+
+    Comments have no say: `benchmarks.tables` writes into them what was measured.
+    """
+    asked = yaml.safe_load(presets()[recipe].read_text("utf-8"))
+    found = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for folder in ("calibration", "compress", "export", "runtime"):
         for file in sorted((Path(diffpress.__file__).parent / folder).rglob("*.py")):
             found.update(file.read_bytes())

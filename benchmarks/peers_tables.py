@@ -82,7 +82,8 @@ def _fronts(rows: Rows) -> list[Claim]:
     """For every measure of quality, whether the front of all rows is ours alone."""
     made = []
     pairs = [(running(rows), words, good) for words, good in _GOOD.items()]
-    pairs += [(running(rows, CALL), words, good) for words, good in _CALL_GOOD.items()]
+    calls = running(rows, CALL)
+    pairs += [(calls, words, good) for words, good in _CALL_GOOD.items() if calls]
     for some, words, good in pairs:
         found = on_front(some, good)
         peers = [_short(row) for row in found if row["peer"]]
@@ -134,14 +135,13 @@ def peers() -> str:
     found = data()
     rows = running(found["rows"])
     same = equal(rows)
-    calls = {row["contender"]: row for row in found["rows"] if row["model"] == CALL}
+    calls = {row["contender"]: row for row in running(found["rows"], CALL)}
     best: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: (row in same, row[SPEED])):
         best[row["contender"]] = row
-    lines = [
-        "| | backend | schedule | vs diffusers | images a second | attributes | PSNR | error to converged | denoiser | a call of SD 1.5's size | its error |",  # noqa: E501
-        "|---|---|---|" + "--:|" * 8,
-    ]
+    heads = ["vs diffusers", "images a second", "attributes", "PSNR", "error to converged", "denoiser"]
+    heads += ["a call of SD 1.5's size", "its error"] if calls else []
+    lines = [f"| | backend | schedule | {' | '.join(heads)} |", "|---|---|---|" + "--:|" * len(heads)]
     for row in sorted(best.values(), key=lambda row: row[SPEED], reverse=True):
         call = calls.get(row["contender"], {})
         cells = [
@@ -154,9 +154,9 @@ def peers() -> str:
             _cell(row["psnr_db"], ".1f"),
             _cell(row[ERROR], ".3f"),
             _cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
-            _cell(call.get(SPEED), ".2f", "x"),
-            _cell(call.get(CALL_ERROR) if call.get(SPEED) else None, ".3f"),
         ]
+        if calls:
+            cells += [_cell(call.get(SPEED), ".2f", "x"), _cell(call.get(CALL_ERROR), ".3f")]
         lines.append("| " + " | ".join(cells) + " |")
     absent = {
         row["contender"]: row["reason"]
@@ -173,18 +173,18 @@ def peers_all() -> str:
     """Every row with everything that was measured."""
     found = data()
     lines = [
-        "| | backend | bits | vs diffusers | vs uncompressed | images a second | ms | attributes | CLIP | Fréchet | PSNR | SSIM | error to 50 DDIM steps | to converged | denoiser | making | deploys |",  # noqa: E501
-        "|---|---|" + "--:|" * 15,
+        "| | backend | bits | vs diffusers | vs uncompressed | images a second | attributes | CLIP | Fréchet | PSNR | SSIM | error to 50 DDIM steps | to converged | denoiser | making | deploys |",  # noqa: E501
+        "|---|---|" + "--:|" * 14,
     ]
     group = None
     for row in found["rows"]:
         if row["model"] != group:
             group = row["model"]
             words = "images of `shapes`" if group == SHAPES else "calls of the denoiser at Stable Diffusion 1.5's size"
-            lines.append(f"| **{words}** |" + " |" * 16)
+            lines.append(f"| **{words}** |" + " |" * 15)
         if row[SPEED] is None:
             why = str(row["reason"]).replace("|", "/")
-            lines.append(f"| {row['name']} | does not run: {why} |" + " |" * 15)
+            lines.append(f"| {row['name']} | does not run: {why} |" + " |" * 14)
             continue
         note = f" ({row['note']})" if row["note"] else ""
         cells = [
@@ -194,7 +194,6 @@ def peers_all() -> str:
             f"{row[SPEED]:.2f}x",
             _cell(row["speedup_vs_uncompressed"], ".2f", "x"),
             _cell(row["images_per_second"], ".2f"),
-            f"{row['p50_ms']:.0f}",
             _cell(row[ACCURACY], ".1%"),
             _cell(row["clip_score"], ".2f"),
             _cell(row["frechet"], ".3f"),

@@ -152,6 +152,17 @@ def test_a_row_has_the_form_of_the_other_tables(bench: Callable[..., Any]) -> No
     assert 0 < good["latent_rel_l2"] < 1 and 0 < good["psnr_db"] < 20 and good["attribute_accuracy"] is None
 
 
+def test_images_a_second_follow_the_ratios_where_the_machine_drifts(bench: Callable[..., Any]) -> None:
+    made, _ = bench()
+    peers.measured(made, SHAPES)
+    file = made.file("times", SHAPES, "good", next(iter(SHAPES.schedules)))
+    found = json.loads(file.read_text())
+    slower = {name: [3 * ms for ms in found[name]] for name in ("own", "reference")}  # by a neighbour
+    file.write_text(json.dumps(found | slower))
+    rows = peers.measured(made, SHAPES)
+    assert [row["images_per_second"] for row in rows] == pytest.approx([10 * row["speedup_vs_eager"] for row in rows])
+
+
 def test_calls_are_compared_with_the_references_of_the_same_inputs(bench: Callable[..., Any]) -> None:
     made, _ = bench()
     rows = peers.measured(made, CALLED)

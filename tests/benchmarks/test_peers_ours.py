@@ -81,3 +81,16 @@ def test_ours_is_compressed_once_and_its_calls_are_its_networks(tmp_path: Path) 
     before = {path: path.stat().st_mtime_ns for path in file.rglob("*") if path.is_file()}
     assert peers_ours.Ours(made).follow(DDIM.name) == facts
     assert before == {path: path.stat().st_mtime_ns for path in file.rglob("*") if path.is_file()}
+
+
+def test_comments_of_a_preset_make_no_bundle_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "own.yaml"
+    monkeypatch.setattr(peers_ours, "presets", lambda: {"own": file})
+
+    def digest(text: str) -> str:
+        file.write_text(text)
+        peers_ours.code.cache_clear()
+        return peers_ours.code("own")
+
+    first = digest("# 2x faster\npasses: []\n")
+    assert digest("# 3x faster\npasses: []\n") == first != digest("# 2x faster\npasses: [temporal-table]\n")
