@@ -1,8 +1,10 @@
 """The loop of a search: Optuna suggests, workers try, records are kept and told. It can be killed at any time.
 
 TPE with several objectives (Ozaki et al. 2022, "Multiobjective tree-structured Parzen estimator") on the speedup and
-the loss, with the budgets as constraints. This process alone reads and writes the study; a record is a file, written
-before the study hears of it, so that whatever was finished is never run again.
+the loss, with the budgets as constraints. Few trials teach it little of a space with many branches, so that two of
+three suggestions are one of the best so far with one choice left to the sampler, as in a local search. This process
+alone reads and writes the study; a record is a file, written before the study hears of it, so that whatever was
+finished is never run again.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from diffpress.benchmarks.search import objective
@@ -35,6 +38,8 @@ REFUSAL = 10.0  # what a refused recipe counts as in the sampler's eyes: limits 
 BEATEN = 1.0  # and what one counts as that was given up
 LOST = 2  # times the workers, and one more: so many trials in a row that fail from outside end a search
 CONSTRAINT = "constraints:"  # how optuna's storage names what `Trial.set_constraint` was told
+NEAREST = 3  # of the best within the limits, one of which is changed in one choice
+ANYWHERE = 3  # every so many suggestions are the sampler's alone
 GIVEN = "given"  # attribute of a trial that comes first: {name, recipe, precision, drawn}
 
 
@@ -85,6 +90,7 @@ class Search:
     refused: dict[str, str] = field(default_factory=dict)  # by key, recipes that need no trial to be refused
     drawn: set[str] = field(default_factory=set)  # keys of what the space has come up with
     study: optuna.Study = field(init=False)
+    random: Random = field(init=False)
 
     def __post_init__(self) -> None:
         optuna = require("optuna", "search", "search for a recipe")
@@ -96,6 +102,7 @@ class Search:
         if names and name not in names:
             self._take_over(optuna.load_study(study_name=names[-1], storage=storage))
         before = self.study.get_trials(deepcopy=False)
+        self.random = Random(self.seed + len(before))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # grouping is marked as experimental
             # Grouped: fields of a pass are drawn together where it is there. Another seed after an interruption, or the
@@ -146,6 +153,7 @@ class Search:
 
     def suggested(self) -> tuple[optuna.Trial, Record]:
         """A trial of the study, and what it tries: {key, recipe, precision, name}."""
+        self._near()
         trial = self.study.ask()
         given = trial.user_attrs.get(GIVEN)
         if given is None or given["drawn"]:  # drawn again where it was, so that the sampler learns from it
@@ -162,6 +170,17 @@ class Search:
             "precision": precision,
             "name": given["name"] if given else None,
         }
+
+    def _near(self) -> None:
+        """Queue one of the best with a choice left out, which the sampler then makes."""
+        trials = self.study.get_trials(deepcopy=False)
+        if self.queued or len(trials) % ANYWHERE == 0:
+            return
+        within = [one for one in trials if one.values and one.params and max(one.constraints.values(), default=0) <= 0]
+        if within:
+            best = self.random.choice(sorted(within, key=lambda one: one.values[1])[:NEAREST])
+            left_out = self.random.choice(sorted(best.params))
+            self.study.enqueue_trial({name: best.params[name] for name in best.params if name != left_out})
 
     @property
     def queued(self) -> bool:

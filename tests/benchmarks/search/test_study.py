@@ -11,7 +11,7 @@ import pytest
 from diffpress.benchmarks.search import objective
 from diffpress.benchmarks.search import space as spaces
 from diffpress.benchmarks.search.objective import LOSSES
-from diffpress.benchmarks.search.study import Records, Search, drive
+from diffpress.benchmarks.search.study import GIVEN, Records, Search, drive
 from diffpress.benchmarks.search.trial import key_of
 from diffpress.errors import DiffpressError
 from diffpress.gates import parse
@@ -90,6 +90,21 @@ def test_few_trials_come_near_the_best_within_the_limits(
         assert sum(loss < found.loss.of(records[chosen]) for loss in known) < 32
         # Limits draw the search: of what it came up with itself, more lies within them than of the space.
         assert sum(objective.keeps(BUDGETS, one) for one in records) > 20
+
+
+def test_most_suggestions_change_one_choice_of_one_of_the_best(
+    space_file: Write, tmp_path: Path, inline: Any, artificial: Objective
+) -> None:
+    found = opened(space_file(SPACE), tmp_path)
+    drive(found, inline(artificial), 30, dict)
+    trials = found.study.get_trials()
+    near = [one for one in trials if GIVEN not in one.user_attrs and "fixed_params" in one.system_attrs]
+    assert len(trials) / 2 < len(near) < len(trials) * 0.7
+    for one in near:
+        kept = one.system_attrs["fixed_params"].items()
+        before = [other for other in trials[: one.number] if kept <= other.params.items()]
+        good = [other for other in before if other.values and max(other.constraints.values()) <= 0]
+        assert any(len(other.params) == len(kept) + 1 for other in good)
 
 
 def test_recipes_that_come_first_are_the_first_trials_and_teach_the_sampler(
