@@ -158,14 +158,19 @@ def peers() -> str:
         if calls:
             cells += [_cell(call.get(SPEED), ".2f", "x"), _cell(call.get(CALL_ERROR), ".3f")]
         lines.append("| " + " | ".join(cells) + " |")
-    absent = {
-        row["contender"]: row["reason"]
-        for row in found["rows"]
-        if row["model"] == SHAPES and row["contender"] not in best and row["reason"]
-    }
+    absent: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        names = absent.setdefault(row["reason"], []) if row["model"] == SHAPES and row["reason"] else []
+        if row["contender"] not in (*best, *names):
+            names.append(row["contender"])
     lines += ["", where(found)]
-    if absent:
-        lines += ["", "No row, and why: " + "; ".join(f"{name}: {why}" for name, why in absent.items()) + "."]
+    if any(absent.values()):
+        lines += [
+            "",
+            "No row, and why: "
+            + "; ".join(f"{' and '.join(names)}: {why}" for why, names in absent.items() if names)
+            + ".",
+        ]
     return "\n".join(lines)
 
 
