@@ -226,8 +226,9 @@ def with_optimum(task: Task) -> Diffusers:
     from diffpress.calibration.model import folder_of
 
     library = require("optimum.onnxruntime", "peers", "run optimum-onnx")
-    folder, source = task.place / "optimum", task.place / "optimum-source"
-    once(source, lambda place: for_older_transformers(folder_of(task.source), place))
+    folder, source, given = task.place / "optimum", task.place / "optimum-source", folder_of(task.source)
+    assert given is not None  # the models of a run are folders
+    once(source, lambda place: for_older_transformers(given, place))
 
     def make(place: Path) -> None:
         library.ORTStableDiffusionPipeline.from_pretrained(str(source), export=True).save_pretrained(place)
