@@ -287,7 +287,7 @@ def test_a_missing_package_is_named_with_its_extra(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("turbo", "there is no recipe 'turbo': name a preset (balanced, cache, cachequant, fast, fp32, int8)"),
+        ("turbo", "there is no recipe 'turbo': name a preset (balanced, cache, cachequant, fast, fp32, int8, max)"),
         ("nowhere.yaml", "there is no recipe"),
         ("passes: [{cache: {intervall: 3}}]", "unknown key 'intervall'"),
         ("passes: [{cache: {interval: 1}}]", "'interval'"),
