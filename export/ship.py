@@ -112,16 +112,23 @@ def network(pipeline: Any, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def variants(pipeline: Any, plan: Plan, folder: Path, progress: Progress, dialects: bool = False) -> dict[str, Path]:
+def variants(
+    pipeline: Any,
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+    dialects: bool = False,
+    export: Callable[[GraphSpec], ir.Model] | None = None,
+) -> dict[str, Path]:
     """Every variant of the denoiser as it would ship, in `folder`, and nothing else; their files.
 
-    With `dialects` those of ONNX Runtime's lie beside them.
+    With `dialects` those of ONNX Runtime's lie beside them. `export` serves in place of `graphs.to_onnx`.
     """
     denoiser = pipeline.unet
     shipped = {name: deployable(layer) for name, layer in plan.quantization.items()}
     with graphs.plain_attention(denoiser), settled(denoiser, plan.quantization):
         specs = denoiser_specs(denoiser, plan, *sizes(pipeline, plan.sampling))
-        models = _models(specs, shipped, plan.sampling, progress)
+        models = _models(specs, shipped, plan.sampling, progress, export=export)
         store.save({**models, **(_dialects(models, specs) if dialects else {})}, folder)
     return {name: folder / file_of(name) for name in specs}
 
@@ -235,11 +242,12 @@ def _models(
     sampling: Sampling,
     progress: Progress,
     refused: dict[str, list[lint.Finding]] | None = None,
+    export: Callable[[GraphSpec], ir.Model] | None = None,
 ) -> dict[str, ir.Model]:
     """The graphs of the variants by file, quantized; `refused` takes what TensorRT would say of each."""
     models = {}
     for name, spec in progress(specs.items(), "exporting the denoiser"):
-        models[file_of(name)] = graphs.to_onnx(spec)
+        models[file_of(name)] = (export or graphs.to_onnx)(spec)
     packed: qdq.Packed = {}
     for file, model in models.items():
         qdq.insert(model, shipped, sampling.timesteps, packed=packed)

@@ -1,13 +1,10 @@
 """What several tests need: a tiny random pipeline, and a tiny bundle made by hand, both small enough to copy."""
 
-import hashlib
-import inspect
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -44,45 +41,14 @@ def _networks_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     The first export of each network is real; others with the same structure, weights, inputs and outputs get its graph.
     """
-    from diffpress import paths
-    from diffpress.export import graphs
+    from diffpress.export import graphs, kept
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
     export = graphs.to_onnx
-
-    def to_onnx(spec: graphs.GraphSpec) -> ir.Model:
-        key = _digest(spec)
-        if key is None:
-            return export(spec)
-        file = folder / f"{key}.onnx"
-        if not file.exists():
-            paths.write(file, ir.to_proto(export(spec)).SerializeToString())
-        return ir.from_proto(onnx.ModelProto.FromString(file.read_bytes()))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "to_onnx", to_onnx)
+        patch.setattr(graphs, "to_onnx", lambda spec: kept.once(spec, folder, export, largest=4e6))
         yield
-
-
-def _digest(spec: Any) -> str | None:
-    """Names all that an export depends on; None for a network that something was hung into, or that is large."""
-    from diffpress.calibration.model import state_digest
-
-    if sum(tensor.numel() for tensor in spec.module.state_dict().values()) > 4e6:
-        return None
-    inputs = [(name, value.shape, str(value.dtype)) for name, value in spec.inputs.items()]
-    told: list[Any] = [inputs, spec.outputs, spec.fixed, state_digest(spec.module)]
-    for name, module in spec.module.named_modules():
-        hooks = module._forward_hooks, module._forward_pre_hooks
-        if any(hooks) or any(inspect.isroutine(value) for value in vars(module).values()):
-            return None
-        config = getattr(module, "config", {})
-        said = {**vars(module), **(config.to_dict() if hasattr(config, "to_dict") else config)}
-        told.append((name, type(module), {key: said[key] for key in said if not key.startswith("_")}))
-    # Of what is neither a number nor a word nor a collection of such, its type.
-    plain = json.dumps(told, default=lambda value: str(value if isinstance(value, type) else type(value)))
-    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 @pytest.fixture(scope="session")
