@@ -100,7 +100,7 @@ class PruneStructuredPass:
             for index, group in enumerate(self._groups(work, chosen, counts, self.packages)):
                 done = state.load(index)
                 if done is None:
-                    seen = collected(self.method, work, [chosen[path].reader for path in group], calls, self.weighting)
+                    seen = self._seen(work, chosen, group, calls)
                     done = {}
                     for path in work.progress(group, f"pruning package {index + 1}"):
                         kept, weight = self._solved(work, chosen[path], seen, counts[path])
@@ -138,6 +138,18 @@ class PruneStructuredPass:
         except DiffpressError as error:
             raise DiffpressError(f"{one.path} cannot be cut: {error}") from error
         return gone.kept.tolist(), gone.weight
+
+    def _once(self, work: Work, chosen: Mapping[str, Structure]) -> bool:
+        """Whether what was seen for the sensitivities serves to solve, too: one package, nothing cut before it."""
+        alone = self.packages == 1 and self.allocation == "sensitivity"
+        return alone and len(self._groups(work, chosen, chosen, 1)) == 1
+
+    def _seen(
+        self, work: Work, chosen: Mapping[str, Structure], group: Sequence[str], calls: Sequence[Call]
+    ) -> Mapping[str, Hessian | None]:
+        """The Hessians of a group's readers; of all at once where a second call for others then finds them kept."""
+        paths = chosen if self._once(work, chosen) else group
+        return collected(self.method, work, [chosen[path].reader for path in paths], calls, self.weighting)
 
     def _groups(self, work: Work, chosen: Mapping[str, Structure], paths: Iterable[str], count: int) -> list[list[str]]:
         readers = {path: work.denoiser.get_submodule(chosen[path].reader) for path in chosen if path in set(paths)}
@@ -191,7 +203,7 @@ class PruneStructuredPass:
         wanted = {path: [count for count in counts if count < chosen[path].count] for path, counts in wanted.items()}
         missing = [path for path, counts in wanted.items() if any(key(path, count) not in known for count in counts)]
         for group in self._groups(work, chosen, missing, 1):
-            seen = collected(self.method, work, [chosen[path].reader for path in group], calls, self.weighting)
+            seen = self._seen(work, chosen, group, calls)
             for path in work.progress(group, "measuring what parts are worth"):
                 reader = work.denoiser.get_submodule(chosen[path].reader)
                 whole = reader.weight.data
@@ -201,7 +213,8 @@ class PruneStructuredPass:
                     known[key(path, count)] = outputs.error()
                     reader.weight.data = whole
             del seen
-            packages.forget(work)
+            if not self._once(work, chosen):
+                packages.forget(work)
         return {path: {count: known[key(path, count)] for count in counts} for path, counts in wanted.items()}
 
     def _told(self, chosen: Mapping[str, Structure], counts: Mapping[str, int]) -> str:

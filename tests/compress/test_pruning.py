@@ -1,6 +1,7 @@
 """The pruning passes on a small U-Net: what leaves, what stays exact, what they refuse, and that they go on."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffpress.calibration import hessian_run
 from diffpress.calibration.capture import Call
 from diffpress.calibration.hessian import kernel_of
 from diffpress.compress.families import unet as family
@@ -93,6 +95,28 @@ def test_structures_leave_and_what_is_spared_stays(fresh: Fresh, network: Any) -
     assert cut and not {*packages.ends(network, structure.structures(network))} & {*cut}
     assert not any(path.startswith(("down_blocks.0.resnets.0", "up_blocks.2.resnets.1")) for path in cut)
     assert 0 < error(work, network) < 0.5 and not work.originals
+
+
+def test_one_package_looks_at_its_calls_once(fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the sensitivities were measured with serves to solve: nothing was cut in between."""
+    collect, looks = hessian_run._collect, 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return collect(*given)
+
+    monkeypatch.setattr(hessian_run, "_collect", counted)
+    once, twice, steps = fresh(), fresh(), []
+    for work in (once, twice):
+        PruneStructuredPass(ratio=0.15, packages=1).apply(work)
+        steps.append(looks)
+        monkeypatch.setattr(PruneStructuredPass, "_once", lambda *_: False)
+        for kept in tmp_path.glob("prune-structured*"):  # what would be read in place of a second look
+            shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
+    assert steps == [packages.PARTS, 3 * packages.PARTS] and not list(tmp_path.glob("hessians-*"))
+    pairs = zip(once.denoiser.named_parameters(), twice.denoiser.named_parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
 
 
 def test_the_surgeon_hurts_less_than_its_rivals(fresh: Fresh, network: Any) -> None:
