@@ -22,8 +22,8 @@ from diffpress.gates import Gate
 from diffpress.paths import write_json
 
 MARGIN = 0.05  # of speed and loss, within which a trial is not worse than another
-MOST = 10  # finalists beside the recipes that came first
-ROUNDS = 15
+MOST = 8  # finalists beside the recipes that came first
+ROUNDS = 9
 
 
 def select(records: Sequence[Record], first: Sequence[str], loss: Loss, budgets: Sequence[Gate]) -> list[Record]:

@@ -29,7 +29,7 @@ from diffpress.runtime.program import open_denoiser
 Stage = Literal["trials", "finals"]
 SEEDS = {"trials": 7_000_003, "finals": 11_000_003}  # of captions and noise
 OPEN_BYTES = 2e9  # of denoisers that are open together, so that they are timed in the same rounds
-FRESH = 3  # times as many images judge the finalists
+FRESH = 2  # times as many images judge the finalists
 EXPORT = "export"
 
 

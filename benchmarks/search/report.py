@@ -133,7 +133,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     """What the command line says in the end."""
     own = of_key(report, report["chosen"])
     count = sum(row["state"] == MEASURED for row in report["trials"])
-    yield f"{len(report['trials'])} trials, {count} of them measured to the end"
+    yield f"{len(report['trials'])} trials, {count} of them measured to the end{_took(report.get('run'))}"
     yield f"chosen: {own['name']} ({numbers(report, own)})"
     yield f"its bundle, measured again: {numbers(report, report['bundle'])}"
     for one in report["first"]:
@@ -143,6 +143,10 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
             best = of_key(report, one["beaten_by"])
             said = f"beaten by {best['name']} ({numbers(report, best)})"
         yield f"  {one['name']} ({numbers(report, known)}): {said}"
+
+
+def _took(run: Mapping[str, Any] | None) -> str:
+    return f"; {run['trials']} in {run['seconds'] / 60:.0f} minutes" if run and run["trials"] else ""
 
 
 def command(model: str, space: str, output: Path, options: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,14 +29,17 @@ from diffpress.benchmarks.search.space import document as document_of
 from diffpress.benchmarks.search.study import Records, Search, drive
 from diffpress.benchmarks.search.workers import Local, Ray, Record, Workers, cores
 from diffpress.bundle import Bundle
+from diffpress.compress.cache.budget import CacheBudgetPass
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import DiffpressError
 from diffpress.gates import Gate
 from diffpress.paths import write, write_json
+from diffpress.plan import FULL, StepProgram
 
 SETTINGS, STUDY = "search.json", "study.sqlite3"
 REPORT, PAGE, RECIPE, BUNDLE = "report.json", "report.html", "recipe.yaml", "bundle"
 IMPLIED = {"speedup", "speedup_vs_uncompressed", "latent_error", "latent_error_median"}
+TIMED = "cache-budget"  # the pass that plans by times it takes
 WORKERS = 4  # on this machine, where nobody says how many
 
 
@@ -67,7 +71,7 @@ def search(model: str, space: str, output: Path, asked: Asked, quiet: bool = Fal
         raise DiffpressError(f"there is no model at {model}: give a diffusers folder, a hub id or 'shapes'")
     opened, first = load(space)
     bases.pairs(opened)
-    settings = _settings(model, opened, asked, shapes)
+    settings, begun = _settings(model, opened, asked, shapes), time.monotonic()
     with _claimed(output, settings, opened, first, asked.minimise):
         base = _begun(settings, opened, output, quiet)
         found = Search(
@@ -81,7 +85,8 @@ def search(model: str, space: str, output: Path, asked: Asked, quiet: bool = Fal
             storage=output / STUDY,
             seed=settings.seed,
         )
-        if len(found.records) < asked.trials:
+        before = len(found.records)
+        if before < asked.trials:
             _try(found, asked, settings, base, output, quiet)
         report = _finals(found, asked, settings, base, output, quiet)
         fields = ("trials", "minimise", "images", "seed", "workers", "ray", "prompts")
@@ -92,6 +97,7 @@ def search(model: str, space: str, output: Path, asked: Asked, quiet: bool = Fal
             raise DiffpressError(f"{reports.nothing(report, asked.budgets)}; the front is in {output / PAGE}")
         made = _ship(report, settings, output, quiet)
         report["bundle"] = _checked(made, report, asked, Ground(settings, output, "finals"), base)
+        report["run"] = {"trials": len(found.records) - before, "seconds": time.monotonic() - begun}
         _write(output, report)
         return made, report
 
@@ -247,7 +253,9 @@ def _ship(report: Mapping[str, Any], settings: Settings, output: Path, quiet: bo
     from diffpress import api
 
     own = reports.of_key(report, report["chosen"])
+    tried = trial.make(own["recipe"], trial.folder_of(output, own["recipe"]), Ground(settings, output, "finals"), {})[0]
     recipe = {**own["recipe"], "name": "searched", "description": f"{own['name']}: found by diffpress search"}
+    recipe["passes"] = pinned(own["recipe"]["passes"], tried.program)
     limits = ", ".join(report["budgets"])
     head = f"# {reports.numbers(report, own)} on {own['backend']} {own['precision']}, within {limits}.\n"
     write(output / RECIPE, (head + yaml.safe_dump(recipe, sort_keys=False)).encode())
@@ -267,8 +275,23 @@ def _ship(report: Mapping[str, Any], settings: Settings, output: Path, quiet: bo
     return bundles.update(made, default_backend=default, search=own["key"])
 
 
+def pinned(passes: Sequence[Any], program: StepProgram) -> list[Any]:
+    """A recipe's passes, with what `TIMED` ones decided in the trial in place of them: they would measure anew."""
+    reads = {name: list(variant.features) or FULL for name, variant in program.variants.items()}
+    found: list[Any] = []
+    for entry in passes:
+        name, fields = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        if name != TIMED:
+            found.append(entry)
+            continue
+        found.append({"planned": {"program": [reads.get(step, FULL) for step in program.steps]}})
+        if depth := CacheBudgetPass(**(fields or {})).depth:  # it corrects what it plans
+            found.append({"cache-correct": {"depth": depth}})
+    return found
+
+
 def _checked(made: Bundle, report: Mapping[str, Any], asked: Asked, ground: Ground, base: Base) -> dict[str, Any]:
-    """How the bundle measures: a pass that takes times itself may decide otherwise when it runs again."""
+    """How the bundle measures: it was made anew, from the recipe that is shipped with it."""
     from diffpress.runtime.pipeline import Pipeline
 
     own = reports.of_key(report, report["chosen"])

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from diffpress.runtime.lock import locked
 
 MEASURED, HOPELESS, REFUSED, FAILED = "measured", "hopeless", "refused", "failed"
 UNSAID = ("name", "description", "gates")  # keys of a recipe that change nothing in what it does
+EXPORTED = "exported"  # networks as they were traced: most trials share theirs with others
 ROUNDS = 5  # of timing, beside other trials; what ends on the front is timed again alone
 
 
@@ -142,7 +143,7 @@ def _make(
     from diffpress import api
     from diffpress.compress.recipe import Recipe
     from diffpress.compress.run import run as run_passes
-    from diffpress.export import ship
+    from diffpress.export import kept, ship
 
     settings, chosen, clock = ground.settings, Recipe.model_validate(recipe), time.perf_counter()
     work = api.begin(settings.model, chosen, prompts=settings.calibration, seed=settings.seed, quiet=True)
@@ -155,7 +156,8 @@ def _make(
         guess = proxy.give_up(work, ground, ops, precision, rivals)
         seconds["proxy"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        files = ship.variants(work.pipeline, work.plan(), folder, work.progress, dialects=True)
+        known = partial(kept.once, folder=ground.place / EXPORTED)
+        files = ship.variants(work.pipeline, work.plan(), folder, work.progress, dialects=True, export=known)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     seconds["export"] = time.perf_counter() - clock

@@ -127,6 +127,8 @@ def test_what_is_said_where_nothing_keeps_the_limits(a_report: dict[str, Any]) -
 def test_the_lines_and_the_command(a_report: dict[str, Any], measured: Any, tmp_path: Any) -> None:
     lines = list(report.lines(a_report | {"bundle": measured(6.9, 0.021) | {"loss": 0.021}}))
     assert lines[0] == "4 trials, 3 of them measured to the end"
+    timed = a_report | {"bundle": measured(6.9, 0.021) | {"loss": 0.021}, "run": {"trials": 3, "seconds": 150.0}}
+    assert next(report.lines(timed)) == "4 trials, 3 of them measured to the end; 3 in 2 minutes"
     assert lines[2].endswith("6.90x, latent_error 0.021")
     assert lines[3].startswith("  cache (6.00x, latent_error 0.05): beaten by quantize int8")
     options = {"budget": (parse("speedup >= 6"), parse("bytes <= 0.3x")), "trials": 5, "ray": None}
