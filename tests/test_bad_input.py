@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -442,6 +443,14 @@ def test_a_ctrl_c_within_a_destructor_is_heeded() -> None:
         Interrupted()
         time.sleep(20)
     assert sys.unraisablehook is before
+
+
+def test_a_ctrl_c_that_is_dropped_and_raised_comes_once() -> None:
+    dropped = SimpleNamespace(exc_type=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt), cli._heeded():
+        sys.unraisablehook(dropped)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+    time.sleep(0.3)  # where a second one would arrive
 
 
 def test_ctrl_c_in_the_middle_of_a_real_run_leaves_nothing(tiny_pipeline: Path, tmp_path: Path) -> None:

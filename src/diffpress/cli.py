@@ -104,19 +104,23 @@ def _disk_full(error: BaseException) -> bool:
 @contextmanager
 def _heeded() -> Iterator[None]:
     """Heed every Ctrl-C, also the one that arrives within a destructor or a callback of C, where Python drops it."""
-    others = sys.unraisablehook
+    others, again = sys.unraisablehook, list[threading.Timer]()
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             others(dropped)
         else:  # a little later, or this function would be the next to drop it
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            again.append(threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)))
+            again[-1].start()
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
         sys.unraisablehook = others
+        for timer in again:  # what C both drops and raises was heard: a second signal would meet Python as it exits
+            timer.cancel()
+            timer.join()
 
 
 @contextmanager
