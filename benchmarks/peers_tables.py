@@ -149,28 +149,23 @@ def peers() -> str:
             row["backend"],
             f"{row['steps']} {row['schedule']}",
             f"{row[SPEED]:.1f}x",
-            _cell(row["images_per_second"], ".1f"),
-            _cell(row[ACCURACY], ".1%"),
-            _cell(row["psnr_db"], ".1f"),
-            _cell(row[ERROR], ".3f"),
-            _cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
+            cell(row["images_per_second"], ".1f"),
+            cell(row[ACCURACY], ".1%"),
+            cell(row["psnr_db"], ".1f"),
+            cell(row[ERROR], ".3f"),
+            cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
         ]
         if calls:
-            cells += [_cell(call.get(SPEED), ".2f", "x"), _cell(call.get(CALL_ERROR), ".3f")]
+            cells += [cell(call.get(SPEED), ".2f", "x"), cell(call.get(CALL_ERROR), ".3f")]
         lines.append("| " + " | ".join(cells) + " |")
-    absent: dict[str, list[str]] = {}
+    absent: dict[str, dict[str, None]] = {}  # by reason, who has it, in their order
     for row in found["rows"]:
-        names = absent.setdefault(row["reason"], []) if row["model"] == SHAPES and row["reason"] else []
-        if row["contender"] not in (*best, *names):
-            names.append(row["contender"])
+        if row["model"] == SHAPES and row["reason"] and row["contender"] not in best:
+            absent.setdefault(row["reason"], {})[row["contender"]] = None
     lines += ["", where(found)]
-    if any(absent.values()):
-        lines += [
-            "",
-            "No row, and why: "
-            + "; ".join(f"{' and '.join(names)}: {why}" for why, names in absent.items() if names)
-            + ".",
-        ]
+    if absent:
+        told = "; ".join(f"{' and '.join(names)}: {why}" for why, names in absent.items())
+        lines += ["", f"No row, and why: {told}."]
     return "\n".join(lines)
 
 
@@ -197,24 +192,25 @@ def peers_all() -> str:
             row["backend"],
             f"W{row['bits_w']}A{row['bits_a']}",
             f"{row[SPEED]:.2f}x",
-            _cell(row["speedup_vs_uncompressed"], ".2f", "x"),
-            _cell(row["images_per_second"], ".2f"),
-            _cell(row[ACCURACY], ".1%"),
-            _cell(row["clip_score"], ".2f"),
-            _cell(row["frechet"], ".3f"),
-            _cell(row["psnr_db"], ".1f"),
-            _cell(row["ssim"], ".3f"),
+            cell(row["speedup_vs_uncompressed"], ".2f", "x"),
+            cell(row["images_per_second"], ".2f"),
+            cell(row[ACCURACY], ".1%"),
+            cell(row["clip_score"], ".2f"),
+            cell(row["frechet"], ".3f"),
+            cell(row["psnr_db"], ".1f"),
+            cell(row["ssim"], ".3f"),
             _pair(row, "latent_rel_l2"),
             _pair(row, "latent_rel_l2_converged"),
-            _cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
-            _cell(row["seconds"], ".0f", " s"),
+            cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
+            cell(row["seconds"], ".0f", " s"),
             "yes" if row["deploys"] else "no",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", where(found)])
 
 
-def _cell(value: Any, form: str, unit: str = "") -> str:
+def cell(value: Any, form: str, unit: str = "") -> str:
+    """A number of a table with its unit; a dash where there is none."""
     return "–" if value is None else format(value, form) + unit
 
 

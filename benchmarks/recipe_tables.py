@@ -9,7 +9,7 @@ from typing import Any
 
 from diffpress.benchmarks import peers_tables
 from diffpress.benchmarks.candidates import PLAIN
-from diffpress.benchmarks.peers_tables import ACCURACY, REFERENCE, SPEED
+from diffpress.benchmarks.peers_tables import ACCURACY, REFERENCE, SPEED, cell
 from diffpress.compress.recipe import presets as shipped
 
 Row = Mapping[str, Any]
@@ -44,14 +44,14 @@ def presets() -> str:
             row["backend"],
             str(row["steps"]),
             f"{row[SPEED]:.1f}x",
-            _cell(row["speedup_vs_uncompressed"], ".1f", "x"),
+            cell(row["speedup_vs_uncompressed"], ".1f", "x"),
             f"{row['bytes'] / 1e6:.1f} MB",
-            _cell(row["psnr_db"], ".1f"),
-            _cell(row["latent_rel_l2"], ".3f"),
-            _cell(row["latent_rel_l2_converged"], ".3f"),
-            _cell(row["clip_score"], ".2f"),
-            _cell(row["frechet"], ".3f"),
-            _cell(row[ACCURACY], ".1%"),
+            cell(row["psnr_db"], ".1f"),
+            cell(row["latent_rel_l2"], ".3f"),
+            cell(row["latent_rel_l2_converged"], ".3f"),
+            cell(row["clip_score"], ".2f"),
+            cell(row["frechet"], ".3f"),
+            cell(row[ACCURACY], ".1%"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", peers_tables.where(peers_tables.data())])
@@ -105,7 +105,3 @@ def comment(name: str) -> str:
         f"# On `shapes`: {own[SPEED]:.1f}x diffusers FP32 ({own['backend']}), {share:.0%} of its denoiser bytes, "
         f"PSNR {own['psnr_db']:.1f} dB, attributes {points(own):+.1f} points.\n"
     )
-
-
-def _cell(value: Any, form: str, unit: str = "") -> str:
-    return "–" if value is None else format(value, form) + unit

@@ -22,19 +22,18 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say which extra brings it: `require("openvino", "cpu", "run on OpenVINO")`."""
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None:  # raised by the package itself, about something within
-            raise _broken(module, error, purpose) from error
-        raise DiffpressError(
-            f"'{error.name}' is not installed, which is needed to {purpose}: pip install 'diffpress[{extra}]'"
-        ) from error
     except (ImportError, OSError, RuntimeError) as error:
-        raise _broken(module, error, purpose) from error
+        # Without a name it was raised by the package itself, about something within.
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            said = f"'{error.name}' is not installed, which is needed to {purpose}: pip install 'diffpress[{extra}]'"
+        else:
+            why = f"which is needed to {purpose}: {_first(error)}"
+            said = f"'{module}' is installed, but cannot be imported, {why}"
+        raise DiffpressError(said) from error
 
 
-def _broken(module: str, error: BaseException, purpose: str) -> DiffpressError:
-    """What to say of a package that is there and does not import, with the first of the errors that led to it."""
+def _first(error: BaseException) -> str:
+    """The first line of the first of the errors that led to one."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    said = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return DiffpressError(f"'{module}' is installed, but cannot be imported, which is needed to {purpose}: {said}")
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
