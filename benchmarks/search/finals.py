@@ -63,8 +63,7 @@ def hold(
     for record in records:
         file = ground.place / "finals" / f"{record['key']}.json"
         if not file.is_file():
-            found, _ = ground.judge(_opened(record, ground))
-            write_json(file, found, indent=1)
+            write_json(file, ground.judge(_opened(record, ground)), indent=1)
         judged.append(json.loads(file.read_text("utf-8")))
         tick()
     speedups = _timed(records, ground, export_backend)

@@ -169,21 +169,26 @@ class Ground:
         )
         return replace(base, sampling=made.sampling, denoiser=denoiser)
 
-    def judge(self, candidate: Candidate) -> tuple[dict[str, Any], list[float]]:
-        """What `candidate` draws beside the reference, as `report.json` has it, and the latent error of each image."""
+    def judge(self, candidate: Candidate) -> dict[str, Any]:
+        """What `candidate` draws beside the reference, as `report.json` has it, with `errors`: the latents' by image.
+
+        Of broken images `faults` alone.
+        """
         batch = candidates.batch_size(self.bundle.manifest["latent"])
         drawn = candidates.draw(candidate, self.prompts.texts, self.seeds, batch)
         faults = quality.faults(drawn.pixels, drawn.latents)
         if faults:
-            return {"faults": faults}, []
+            return {"faults": faults}
         own, reference = self.judging.content(drawn.pixels), self._content
         compared = {
             name: {"reference": getattr(reference, name), "compressed": getattr(own, name)}
             for name in ("clip_score", "attribute_accuracy", "frechet")
         }
-        errors = quality.relative_l2(drawn.latents, self.reference.latents)
-        found = {"quality": {**scores.distances(drawn, self.reference), **compared}, "faults": []}
-        return found, [float(error) for error in errors]
+        return {
+            "quality": {**scores.distances(drawn, self.reference), **compared},
+            "errors": [float(error) for error in quality.relative_l2(drawn.latents, self.reference.latents)],
+            "faults": [],
+        }
 
     def sizes(self, made: Made) -> dict[str, Any]:
         """Bytes of the denoiser, as `report.json` has them."""

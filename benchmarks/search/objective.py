@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from diffpress import gates
+from diffpress.benchmarks.bootstrap import interval
 from diffpress.errors import DiffpressError
 from diffpress.gates import Gate
 
@@ -19,22 +22,29 @@ Measured = Mapping[str, Any]  # of one recipe: speedup, quality, size_bytes and 
 
 @dataclass(frozen=True)
 class Loss:
-    """A number that a search lowers. `apart`: a distance to the reference's images, which few images tell already."""
+    """A number that a search lowers. `apart`: a distance to the reference's images, which few images tell already.
+
+    `steadier` decides between candidates that the images do not tell apart, where single images weigh much in `of`.
+    """
 
     words: str
     of: Callable[[Measured], float]
     apart: bool = False
+    steadier: Callable[[Measured], float] | None = None
 
 
 def _lost(metric: str, scale: float = 1.0) -> Callable[[Measured], float]:
     return lambda found: scale * (found["quality"][metric]["reference"] - found["quality"][metric]["compressed"])
 
 
+def _median(found: Measured) -> float:
+    return float(found["quality"]["latent_rel_l2_median"])
+
+
 LOSSES = {
-    "latent_error": Loss("latent error", lambda found: float(found["quality"]["latent_rel_l2"]), apart=True),
-    "latent_error_median": Loss(
-        "median latent error", lambda found: float(found["quality"]["latent_rel_l2_median"]), apart=True
-    ),
+    # One image in tens ends as another picture under nearly any change, and is most of the mean then.
+    "latent_error": Loss("latent error", lambda found: float(found["quality"]["latent_rel_l2"]), True, _median),
+    "latent_error_median": Loss("median latent error", _median, apart=True),
     "psnr_loss": Loss("PSNR below 0 dB", lambda found: -float(found["quality"]["psnr_db"]), apart=True),
     "ssim_loss": Loss("SSIM below 1", lambda found: 1 - float(found["quality"]["ssim"]), apart=True),
     "clip_loss": Loss("CLIP score lost", _lost("clip_score")),
@@ -113,9 +123,31 @@ def front(points: Sequence[tuple[float, float]], margin: float = 0.0) -> list[in
 
 
 def choose(candidates: Sequence[Measured], loss: Loss, budgets: Sequence[Gate]) -> int | None:
-    """The candidate with the least loss among those within all limits, the faster of equals; None where none is."""
+    """The candidate that loses least, as `least` says, among those within all limits; None where none is."""
     within = [index for index, found in enumerate(candidates) if keeps(budgets, found)]
-    return min(within, key=lambda i: (loss.of(candidates[i]), -speed(candidates[i])), default=None)
+    best = least([candidates[index] for index in within], loss)
+    return None if best is None else within[best]
+
+
+def least(candidates: Sequence[Measured], loss: Loss) -> int | None:
+    """The candidate with the least loss, the faster of equals; None of none.
+
+    Of those whose images do not tell them from it, as `alike` says, the one with the least `steadier` number.
+    """
+    order = sorted(range(len(candidates)), key=lambda i: (loss.of(candidates[i]), -speed(candidates[i])))
+    if not order or (steadier := loss.steadier) is None:
+        return order[0] if order else None
+    near = [index for index in order if alike(candidates[index], candidates[order[0]])]
+    return min(near, key=lambda i: (steadier(candidates[i]), -speed(candidates[i])), default=order[0])
+
+
+def alike(one: Measured, best: Measured) -> bool:
+    """Whether the errors of the same images may have one mean: 0 is within the interval of their paired differences.
+
+    The interval is `bootstrap.interval`'s; a single image tells nothing apart.
+    """
+    found = interval(np.subtract(one["errors"], best["errors"]))
+    return found is None or found[0] <= 0 <= found[1]
 
 
 def nearest(candidates: Sequence[Measured], budgets: Sequence[Gate]) -> int:

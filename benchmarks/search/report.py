@@ -57,7 +57,7 @@ def finished(
         "base": {"backends": dict(base.backends), "export": base.export, "export_vs_eager": base.eager},
         "finalists": finalists,
         "chosen": None if chosen is None else finalists[chosen]["key"],
-        "first": _beaten(finalists, first),
+        "first": _beaten(finalists, first, loss),
         "trials": [_row(record, first, loss) for record in records],
         "refused": dict(refused),
         "machine": machine.machine(),
@@ -80,8 +80,11 @@ def _judged(held: Sequence[Finalist], loss: Loss, budgets: Sequence[Gate], first
     ]
 
 
-def _beaten(finalists: Sequence[Finalist], first: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Of every recipe that came first, the one that loses least among those that are as fast and lose less than it."""
+def _beaten(finalists: Sequence[Finalist], first: Mapping[str, str], loss: Loss) -> list[dict[str, Any]]:
+    """Of every recipe that came first, the one that loses least among those that are as fast and lose less than it.
+
+    What loses less has the steadier number lower, too: a mean alone may be one image's luck.
+    """
     found = []
     for own in finalists:
         if own["key"] not in first:
@@ -91,10 +94,12 @@ def _beaten(finalists: Sequence[Finalist], first: Mapping[str, str]) -> list[dic
             for entry in finalists
             if objective.speed(entry) >= objective.speed(own)
             if entry["loss"] < own["loss"] - CLEARLY * abs(own["loss"])
+            if loss.steadier is None or loss.steadier(entry) < loss.steadier(own)
             if entry["key"] not in first
         ]
-        best = min(better, key=lambda entry: entry["loss"], default=None)
-        found.append({"name": first[own["key"]], "key": own["key"], "beaten_by": best and best["key"]})
+        best = objective.least(better, loss)
+        beater = None if best is None else better[best]["key"]
+        found.append({"name": first[own["key"]], "key": own["key"], "beaten_by": beater})
     return found
 
 

@@ -88,15 +88,16 @@ def search(model: str, space: str, output: Path, asked: Asked, quiet: bool = Fal
         before = len(found.records)
         if before < asked.trials:
             _try(found, asked, settings, base, output, quiet)
-        report = _finals(found, asked, settings, base, output, quiet)
+        ground = Ground(settings, output, "finals")
+        report = _finals(found, asked, ground, base, quiet)
         fields = ("trials", "minimise", "images", "seed", "workers", "ray", "prompts")
         options = {"budget": asked.budgets, **{name: getattr(asked, name) for name in fields}}
         report |= {"model": model, "space": space, "reproduce": reports.command(model, space, output, options)}
         _write(output, report)
         if report["chosen"] is None:
             raise DiffpressError(f"{reports.nothing(report, asked.budgets)}; the front is in {output / PAGE}")
-        made = _ship(report, settings, output, quiet)
-        report["bundle"] = _checked(made, report, asked, Ground(settings, output, "finals"), base)
+        made = _ship(report, ground, quiet)
+        report["bundle"] = _checked(made, report, asked, ground, base)
         report["run"] = {"trials": len(found.records) - before, "seconds": time.monotonic() - begun}
         _write(output, report)
         return made, report
@@ -231,7 +232,7 @@ def _try(found: Search, asked: Asked, settings: Settings, base: Base, output: Pa
         drive(found, workers, asked.trials, task_of, heard)
 
 
-def _finals(found: Search, asked: Asked, settings: Settings, base: Base, output: Path, quiet: bool) -> dict[str, Any]:
+def _finals(found: Search, asked: Asked, ground: Ground, base: Base, quiet: bool) -> dict[str, Any]:
     """The report, without a bundle yet."""
     measured = found.records.measured()
     if not measured:
@@ -240,21 +241,21 @@ def _finals(found: Search, asked: Asked, settings: Settings, base: Base, output:
             f"none of {len(found.records)} trials could be measured; the first: {(reasons or ['nothing was tried'])[0]}"
         )
     first = {trial.key_of(document_of(recipe), base.preferred): name for name, recipe in found.first.items()}
-    ground = Ground(settings, output, "finals")
     chosen = finals.select(measured, list(first), found.loss, asked.budgets)
     with tqdm(total=len(chosen) + 1, desc="finals", unit="finalist", disable=quiet) as bar:
         held = finals.hold(chosen, ground, base.export, lambda: bar.update())
     whole = reports.finished(held, list(found.records), found.refused, first, asked.minimise, asked.budgets, base)
-    return whole | {"images": {"trials": settings.images, "finals": len(ground.prompts.texts)}}
+    return whole | {"images": {"trials": ground.settings.images, "finals": len(ground.prompts.texts)}}
 
 
-def _ship(report: Mapping[str, Any], settings: Settings, output: Path, quiet: bool) -> Bundle:
+def _ship(report: Mapping[str, Any], ground: Ground, quiet: bool) -> Bundle:
     """The chosen recipe as a file, and its bundle where it is not there yet."""
     from diffpress import api
 
+    settings, output = ground.settings, ground.place
     own = reports.of_key(report, report["chosen"])
-    tried = trial.make(own["recipe"], trial.folder_of(output, own["recipe"]), Ground(settings, output, "finals"), {})[0]
     recipe = {**own["recipe"], "name": "searched", "description": f"{own['name']}: found by diffpress search"}
+    tried, _ = trial.make(own["recipe"], trial.folder_of(output, own["recipe"]), ground, {})  # finals left it there
     recipe["passes"] = pinned(own["recipe"]["passes"], tried.program)
     limits = ", ".join(report["budgets"])
     head = f"# {reports.numbers(report, own)} on {own['backend']} {own['precision']}, within {limits}.\n"
@@ -296,7 +297,7 @@ def _checked(made: Bundle, report: Mapping[str, Any], asked: Asked, ground: Grou
 
     own = reports.of_key(report, report["chosen"])
     pipeline = Pipeline.load(made, own["backend"], own["precision"])
-    found, _ = ground.judge(pipeline)
+    found = ground.judge(pipeline)
     if found["faults"]:
         raise DiffpressError(f"the bundle {made.path} draws broken images: {found['faults'][0]}")
     (speedup,) = finals.timed([pipeline], ground, base.export)

@@ -74,7 +74,7 @@ def _measured(task: Mapping[str, Any]) -> dict[str, Any]:
     found, told = make(recipe, folder, ground, seconds, precision, task["rivals"] if task["proxy"] else ())
     own = ground.opened(found, backend, precision)
     clock = time.perf_counter()
-    measured, errors = ground.judge(own)
+    measured = ground.judge(own)
     seconds["draw"] = time.perf_counter() - clock
     if measured["faults"]:
         more = f" and {len(measured['faults']) - 1} more" if len(measured["faults"]) > 1 else ""
@@ -91,7 +91,6 @@ def _measured(task: Mapping[str, Any]) -> dict[str, Any]:
         **ground.sizes(found),
         "state": MEASURED,
         "speedup": speedup,
-        "errors": errors,
         "seconds": seconds,
     }
 

@@ -56,6 +56,27 @@ def test_the_choice_loses_least_of_those_within_all_limits(seed: int, measured: 
     assert (own["quality"]["latent_rel_l2"], own["speedup"]["vs_eager"]) == (least, fastest)
 
 
+def _of(errors: list[float], fast: float, measured: Measured) -> dict[str, Any]:
+    found = measured(fast, sum(errors) / len(errors)) | {"errors": errors}
+    found["quality"]["latent_rel_l2_median"] = sorted(errors)[len(errors) // 2]
+    return found
+
+
+def test_one_image_that_ends_elsewhere_does_not_decide(measured: Measured) -> None:
+    near, lucky = [0.01, 0.012] * 15 + [0.011, 1.2], [0.02, 0.03] * 16
+    worse = [one + 0.3 for one in near]
+    found = [_of(near, 8, measured), _of(lucky, 9, measured), _of(worse, 10, measured)]
+    means = [one["quality"]["latent_rel_l2"] for one in found]
+    assert means[1] < means[0] < means[2]
+    assert objective.least(found, LOSSES["latent_error"]) == 0
+    assert [objective.alike(one, found[1]) for one in found] == [True, True, False]
+    assert objective.choose(found, LOSSES["latent_error"], [parse("speedup >= 9")]) == 1
+    # A mean that the images do tell apart decides, whatever the median says.
+    often = [0.01] * 20 + [0.5] * 12
+    assert objective.least([_of(often, 8, measured), found[1]], LOSSES["latent_error"]) == 1
+    assert objective.least([], LOSSES["latent_error"]) is None
+
+
 @pytest.mark.parametrize(
     ("gate", "missed"),
     [

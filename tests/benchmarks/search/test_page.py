@@ -38,6 +38,15 @@ def test_the_document_has_the_front_the_choice_and_who_beats_what_came_first(a_r
     assert a_report["first"] == [{"name": "cache", "key": "a", "beaten_by": "b"}]
 
 
+def test_a_lower_mean_alone_beats_nothing(a_report: dict[str, Any]) -> None:
+    finalists = a_report["finalists"]
+    finalists[1]["quality"]["latent_rel_l2_median"] = 0.06
+    found = report._beaten(finalists, {"a": "cache"}, objective.LOSSES["latent_error"])
+    assert found == [{"name": "cache", "key": "a", "beaten_by": None}]
+    finalists[1]["loss"] = objective.LOSSES["ssim_loss"].of(finalists[1])  # which has no other number
+    assert report._beaten(finalists, {"a": "cache"}, objective.LOSSES["ssim_loss"])[0]["beaten_by"] == "b"
+
+
 def test_the_page_holds_every_number_and_nothing_from_elsewhere(a_report: dict[str, Any]) -> None:
     html = page.render(a_report)
     read = Text(html)
