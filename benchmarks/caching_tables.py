@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import plots
+from diffpress.benchmarks import markdown, plots
+from diffpress.benchmarks.markdown import Claim
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OWN, SHORT, EIGHT_BITS = "50 DDIM steps", "20 steps", "INT8, 50 DDIM steps"  # groups, see `caching_rows`
@@ -31,10 +32,6 @@ Rows = Sequence[Mapping[str, Any]]
 def _data() -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / "caching.json").read_text("utf-8"))
     return data
-
-
-def _cell(value: Any, form: str, unit: str = "") -> str:
-    return "–" if value is None else format(value, form) + unit
 
 
 def _pair(row: Mapping[str, Any] | None, key: str) -> str:
@@ -69,9 +66,9 @@ def caching() -> str:
             continue
         rival, beats = row["rival"], row["beats"]
         cells = [
-            _cell(row["speedup_vs_uncompressed"], ".2f", "x"),
-            _cell(row["speedup_vs_eager"], ".1f", "x"),
-            _cell(row["psnr_db"], ".1f"),
+            markdown.cell(row["speedup_vs_uncompressed"], ".2f", "x"),
+            markdown.cell(row["speedup_vs_eager"], ".1f", "x"),
+            markdown.cell(row["psnr_db"], ".1f"),
             _pair(row, "latent_rel_l2"),
             _pair(row, "latent_rel_l2_converged"),
             str(rival["steps"]) if rival else "–",
@@ -124,18 +121,18 @@ def caching_all() -> str:
         rival = row["rival"]
         cells = [
             f"`{row['program']}`" if row.get("program") else "–",
-            _cell(row.get("variants"), "d"),
-            _cell(row["speedup_vs_eager"], ".1f", "x"),
-            *(_cell(row[f"speedup_{key}"], ".2f", "x") for key in ("vs_uncompressed", "ort", "torch")),
-            _cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
+            markdown.cell(row.get("variants"), "d"),
+            markdown.cell(row["speedup_vs_eager"], ".1f", "x"),
+            *(markdown.cell(row[f"speedup_{key}"], ".2f", "x") for key in ("vs_uncompressed", "ort", "torch")),
+            markdown.cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
             *(_pair(row, f"latent_rel_l2{end}") for end in ("", "_converged")),
             _pair(row, "latent_rel_l2_full") if row.get("latent_rel_l2_full_median") is not None else "–",
-            _cell(row["psnr_db"], ".1f"),
-            _cell(row["ssim"], ".3f"),
-            _cell(row["clip_score"], ".2f"),
-            _cell(row["frechet"], ".2f"),
-            _cell(row["attribute_accuracy"], ".1%"),
-            _cell(row["seconds"], ".0f", " s"),
+            markdown.cell(row["psnr_db"], ".1f"),
+            markdown.cell(row["ssim"], ".3f"),
+            markdown.cell(row["clip_score"], ".2f"),
+            markdown.cell(row["frechet"], ".2f"),
+            markdown.cell(row["attribute_accuracy"], ".1%"),
+            markdown.cell(row["seconds"], ".0f", " s"),
             f"{rival['steps']}: {rival['schedule']}, {rival['schedule_converged']}" if rival else _schedules(row),
         ]
         lines.append(line + " | ".join(cells) + " |")
@@ -161,12 +158,7 @@ def claims() -> str:
     """What caching was asked to reach on `shapes`, and what it reached."""
     rows = _data()["rows"]
     made = [*_speed(rows), *_peers(rows), *_latencies(rows), *_quantized(rows)]
-    lines = ["| on `shapes` | asked | reached | |", "|---|---|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
-    return "\n".join(lines)
-
-
-Claim = tuple[str, str, str, bool]
+    return markdown.claims("on `shapes`", made)
 
 
 def _named(rows: Rows, name: str) -> Mapping[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import plots
+from diffpress.benchmarks import markdown, plots
+from diffpress.benchmarks.markdown import Claim
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REFERENCE, SHAPES, CALL = "diffusers FP32", "shapes", "sd15"
@@ -18,7 +19,6 @@ TOLERABLE = 0.1  # error of a call that counts as equal: that of INT8 is a third
 ASKED = 2.0  # times faster than the best peer
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
-Claim = tuple[str, str, str, bool]
 
 
 def data() -> dict[str, Any]:
@@ -73,9 +73,7 @@ def claims() -> str:
     """What was asked of ours beside the peers, and what was reached."""
     rows = data()["rows"]
     made = [*_fronts(rows), *_factors(rows)]
-    lines = ["| on this CPU | asked | reached | |", "|---|---|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
-    return "\n".join(lines)
+    return markdown.claims("on this CPU", made)
 
 
 def _fronts(rows: Rows) -> list[Claim]:
@@ -149,15 +147,15 @@ def peers() -> str:
             row["backend"],
             f"{row['steps']} {row['schedule']}",
             f"{row[SPEED]:.1f}x",
-            cell(row["images_per_second"], ".1f"),
-            cell(row[ACCURACY], ".1%"),
-            cell(row["psnr_db"], ".1f"),
-            cell(row[ERROR], ".3f"),
-            cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
+            markdown.cell(row["images_per_second"], ".1f"),
+            markdown.cell(row[ACCURACY], ".1%"),
+            markdown.cell(row["psnr_db"], ".1f"),
+            markdown.cell(row[ERROR], ".3f"),
+            markdown.cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
         ]
         if calls:
-            cells += [cell(call.get(SPEED), ".2f", "x"), cell(call.get(CALL_ERROR), ".3f")]
-        lines.append("| " + " | ".join(cells) + " |")
+            cells += [markdown.cell(call.get(SPEED), ".2f", "x"), markdown.cell(call.get(CALL_ERROR), ".3f")]
+        lines.append(markdown.row(cells))
     absent: dict[str, dict[str, None]] = {}  # by reason, who has it, in their order
     for row in found["rows"]:
         if row["model"] == SHAPES and row["reason"] and row["contender"] not in best:
@@ -192,26 +190,21 @@ def peers_all() -> str:
             row["backend"],
             f"W{row['bits_w']}A{row['bits_a']}",
             f"{row[SPEED]:.2f}x",
-            cell(row["speedup_vs_uncompressed"], ".2f", "x"),
-            cell(row["images_per_second"], ".2f"),
-            cell(row[ACCURACY], ".1%"),
-            cell(row["clip_score"], ".2f"),
-            cell(row["frechet"], ".3f"),
-            cell(row["psnr_db"], ".1f"),
-            cell(row["ssim"], ".3f"),
+            markdown.cell(row["speedup_vs_uncompressed"], ".2f", "x"),
+            markdown.cell(row["images_per_second"], ".2f"),
+            markdown.cell(row[ACCURACY], ".1%"),
+            markdown.cell(row["clip_score"], ".2f"),
+            markdown.cell(row["frechet"], ".3f"),
+            markdown.cell(row["psnr_db"], ".1f"),
+            markdown.cell(row["ssim"], ".3f"),
             _pair(row, "latent_rel_l2"),
             _pair(row, "latent_rel_l2_converged"),
-            cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
-            cell(row["seconds"], ".0f", " s"),
+            markdown.cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
+            markdown.cell(row["seconds"], ".0f", " s"),
             "yes" if row["deploys"] else "no",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     return "\n".join([*lines, "", where(found)])
-
-
-def cell(value: Any, form: str, unit: str = "") -> str:
-    """A number of a table with its unit; a dash where there is none."""
-    return "–" if value is None else format(value, form) + unit
 
 
 def _pair(row: Row, key: str) -> str:

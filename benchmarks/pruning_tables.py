@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffpress.benchmarks import markdown
+
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = (
     "| | parameters | zeros | operations | denoiser | zipped | call | image | latent error | median | PSNR | CLIP "
@@ -117,9 +119,7 @@ def claims() -> str:
         made.append((f"{name}: attributes", "at most 1 point lower", f"{gained(row):+.1f}", gained(row) >= -1))
         made.append((f"{name}: bytes", "at least 18 % fewer", f"{fewer:.0%}", fewer >= 0.18))
         made.append((f"{name}: a call", "at least 1.15x", f"{row['call_speedup']:.2f}x", row["call_speedup"] >= 1.15))
-    lines = ["| on `shapes` | asked | reached | |", "|---|---|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
-    return "\n".join(lines)
+    return markdown.claims("on `shapes`", made)
 
 
 def _beats(rows: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str, str, bool]:

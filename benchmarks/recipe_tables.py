@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import peers_tables
+from diffpress.benchmarks import markdown, peers_tables
 from diffpress.benchmarks.candidates import PLAIN
-from diffpress.benchmarks.peers_tables import ACCURACY, REFERENCE, SPEED, cell
+from diffpress.benchmarks.peers_tables import ACCURACY, REFERENCE, SPEED
 from diffpress.compress.recipe import presets as shipped
 
 Row = Mapping[str, Any]
@@ -44,16 +44,16 @@ def presets() -> str:
             row["backend"],
             str(row["steps"]),
             f"{row[SPEED]:.1f}x",
-            cell(row["speedup_vs_uncompressed"], ".1f", "x"),
+            markdown.cell(row["speedup_vs_uncompressed"], ".1f", "x"),
             f"{row['bytes'] / 1e6:.1f} MB",
-            cell(row["psnr_db"], ".1f"),
-            cell(row["latent_rel_l2"], ".3f"),
-            cell(row["latent_rel_l2_converged"], ".3f"),
-            cell(row["clip_score"], ".2f"),
-            cell(row["frechet"], ".3f"),
-            cell(row[ACCURACY], ".1%"),
+            markdown.cell(row["psnr_db"], ".1f"),
+            markdown.cell(row["latent_rel_l2"], ".3f"),
+            markdown.cell(row["latent_rel_l2_converged"], ".3f"),
+            markdown.cell(row["clip_score"], ".2f"),
+            markdown.cell(row["frechet"], ".3f"),
+            markdown.cell(row[ACCURACY], ".1%"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     return "\n".join([*lines, "", peers_tables.where(peers_tables.data())])
 
 
@@ -68,9 +68,7 @@ def claims() -> str:
         ("denoiser on disk, share of its FP32 bytes", "at most 30 %", f"{share:.1%}", share <= 0.30),
         ("attribute accuracy", "at most 1 point lower", f"{points(own):+.1f} points", points(own) >= -1),
     ]
-    lines = ["| `balanced`, 50 DDIM steps | asked | reached | |", "|---|---|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
-    return "\n".join(lines)
+    return markdown.claims("`balanced`, 50 DDIM steps", made)
 
 
 def max_claims() -> str:

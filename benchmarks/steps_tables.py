@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpress.benchmarks import plots, recipe_tables
+from diffpress.benchmarks import markdown, plots, recipe_tables
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOLD = (8, 10, 12, 20)  # step counts that the README tells
@@ -31,10 +31,6 @@ def _data() -> dict[str, Any]:
 def _split(name: str) -> str:
     """The name of a row without its step count."""
     return name.rsplit(", ", 1)[0]
-
-
-def _cell(value: Any, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def steps() -> str:
@@ -75,14 +71,17 @@ def steps_all() -> str:
         cells = [
             row["name"],
             f"{row['evaluations']:g}",
-            _cell(row["speedup_vs_eager"], ".1f") + ("x" if row["speedup_vs_eager"] else ""),
-            *(_cell(row[f"latent_rel_l2{end}"], ".4f") for end in ("", "_median", "_converged", "_converged_median")),
-            _cell(row["psnr_db"], ".1f"),
-            _cell(row["clip_score"], ".2f"),
-            _cell(row["frechet"], ".2f"),
-            _cell(row["attribute_accuracy"], ".1%"),
+            markdown.cell(row["speedup_vs_eager"], ".1f") + ("x" if row["speedup_vs_eager"] else ""),
+            *(
+                markdown.cell(row[f"latent_rel_l2{end}"], ".4f")
+                for end in ("", "_median", "_converged", "_converged_median")
+            ),
+            markdown.cell(row["psnr_db"], ".1f"),
+            markdown.cell(row["clip_score"], ".2f"),
+            markdown.cell(row["frechet"], ".2f"),
+            markdown.cell(row["attribute_accuracy"], ".1%"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     return "\n".join([*lines, "", _where(data)])
 
 
@@ -123,7 +122,7 @@ def steps_claims() -> str:
         ("`fast`: PSNR to its images", "at least 35 dB", f"{psnr:.1f} dB", psnr >= 35),
         ("`fast`: attributes", "at most 1 point lower", f"{own_points:+.1f}", own_points >= -1),
     ]
-    return _claims(made)
+    return markdown.claims("on `shapes`", made)
 
 
 def _of(rows: Mapping[str, Any], solver: str, count: int) -> tuple[list[str], list[str]]:
@@ -157,14 +156,8 @@ def guidance() -> str:
     for row in data["rows"]:
         if row["group"] == "guidance":
             converged = f"{row['latent_rel_l2_converged_median']:.4f} ({row['latent_rel_l2_converged']:.4f})"
-            speed = _cell(row["speedup_vs_eager"], ".1f")
+            speed = markdown.cell(row["speedup_vs_eager"], ".1f")
             lines.append(f"| {row['name']} | {row['evaluations']:g} | {speed}x | {converged} | {row['psnr_db']:.1f} |")
-    return "\n".join(lines)
-
-
-def _claims(made: Sequence[tuple[str, str, str, bool]]) -> str:
-    lines = ["| on `shapes` | asked | reached | |", "|---|---|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
     return "\n".join(lines)
 
 

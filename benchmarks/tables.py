@@ -16,6 +16,7 @@ from typing import Any
 
 from diffpress.benchmarks import (
     caching_tables,
+    markdown,
     peers_tables,
     pruning_tables,
     recipe_tables,
@@ -70,10 +71,6 @@ PEERS = {
 }
 
 
-def _cell(value: Any, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
 def demo() -> str:
     """What `make demo` printed as its table, from results/demo.json."""
     report = json.loads((RESULTS / "demo.json").read_text("utf-8"))
@@ -95,7 +92,9 @@ def shapes() -> str:
             (f"{label}, chance", found["chance"]),
         ]
     lines = ["| | colours | shapes | sizes | relation |", "|---|--:|--:|--:|--:|"]
-    lines += [f"| {name} | " + " | ".join(_cell(row.get(kind), ".1%") for kind in kinds) + " |" for name, row in rows]
+    lines += [
+        f"| {name} | " + " | ".join(markdown.cell(row.get(kind), ".1%") for kind in kinds) + " |" for name, row in rows
+    ]
     clip, vae, score = data["clip"], data["vae"], data["clip_score"]
     lines += [
         "",
@@ -123,9 +122,7 @@ def shapes_claims() -> str:
         ("two objects, shapes", "90 %", f"{two['right']['shape']:.1%}", two["right"]["shape"] >= 0.90),
         ("shuffled captions above chance, at most", "5 points", f"{100 * gap:.1f} points", gap <= 0.05),
     ]
-    lines = ["| held-out captions, 50 DDIM steps | asked | reached | |", "|---|--:|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in rows]
-    return "\n".join(lines)
+    return markdown.claims("held-out captions, 50 DDIM steps", rows)
 
 
 def _quantized() -> dict[str, Any]:
@@ -158,17 +155,17 @@ def _quantization(rows: list[Mapping[str, Any]]) -> str:
             row["name"],
             f"W{row['bits_w']}A{row['bits_a']}",
             f"{row['bytes'] / 1e6:.1f} MB",
-            _cell(row["latent_rel_l2"], ".3f"),
-            _cell(row["latent_rel_l2_median"], ".3f"),
-            _cell(row["psnr_db"], ".1f"),
-            _cell(row["ssim"], ".3f"),
-            _cell(row["clip_score"], ".2f"),
-            _cell(row["frechet"], ".2f"),
-            _cell(row["attribute_accuracy"], ".1%"),
+            markdown.cell(row["latent_rel_l2"], ".3f"),
+            markdown.cell(row["latent_rel_l2_median"], ".3f"),
+            markdown.cell(row["psnr_db"], ".1f"),
+            markdown.cell(row["ssim"], ".3f"),
+            markdown.cell(row["clip_score"], ".2f"),
+            markdown.cell(row["frechet"], ".2f"),
+            markdown.cell(row["attribute_accuracy"], ".1%"),
             f"{row['seconds']:.0f} s",
-            _cell(row["deploys"], ".0%"),
+            markdown.cell(row["deploys"], ".0%"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     sampling = data["sampling"]
     lines += [
         "",
@@ -212,9 +209,7 @@ def quantization_claims() -> str:
         for key, word in (("latent_rel_l2", "mean"), ("latent_rel_l2_median", "median")):
             pair = error(ours, key), error(peer, key)
             made.append((f"{what}, {word}", "lower", f"{pair[0]:.3f} : {pair[1]:.3f}", pair[0] <= pair[1]))
-    lines = ["| on `shapes`, simulated | asked | reached | |", "|---|---|--:|---|"]
-    lines += [f"| {what} | {asked} | {got} | {'yes' if met else '**no**'} |" for what, asked, got, met in made]
-    return "\n".join(lines)
+    return markdown.claims("on `shapes`, simulated", made)
 
 
 def faithful() -> str:
@@ -238,7 +233,7 @@ def unet_speed() -> str:
     keys = ("speedup_vs_fp32", "speedup_vs_bf16")
     lines = ["| | vs FP32 | vs BF16 |", "|---|--:|--:|"]
     for row in data["rows"]:
-        cells = [_cell(row.get(key), ".2f") + ("x" if row.get(key) else "") for key in keys]
+        cells = [markdown.cell(row.get(key), ".2f") + ("x" if row.get(key) else "") for key in keys]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     tops = ", ".join(f"{name} {value:.2f}" for name, value in data["ceilings_tera_operations_per_s"].items())
     machine = data["machine"]
