@@ -159,14 +159,20 @@ class Recipe(BaseModel):
             raise DiffpressError(f"recipe: an LCM-LoRA brings its own scheduler and steps: leave '{SCHEDULE}' out")
 
 
-def _build(entry: str | Mapping[str, Any]) -> tuple[str, Pass]:
+def parts(entry: str | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The name and the fields of a pass as a recipe writes it: a name, or a mapping from it."""
     name, fields = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()), ("", {}))
+    return name, fields or {}
+
+
+def _build(entry: str | Mapping[str, Any]) -> tuple[str, Pass]:
+    name, fields = parts(entry)
     if not isinstance(entry, str) and len(entry) != 1:
         raise DiffpressError(f"recipe: each pass is one 'name: fields' entry, not {dict(entry)!r}")
     if name not in PASSES:
         raise DiffpressError(f"recipe: there is no pass '{name}', choose from: {', '.join(PASSES)}")
     try:
-        return name, TypeAdapter(PASSES[name]).validate_python(fields or {})
+        return name, TypeAdapter(PASSES[name]).validate_python(fields)
     except ValidationError as error:
         raise DiffpressError(f"recipe: pass '{name}': {_first(error)}") from error
 

@@ -15,6 +15,7 @@ from diffpress.benchmarks.search.base import Base
 from diffpress.benchmarks.search.objective import Loss
 from diffpress.benchmarks.search.trial import MEASURED
 from diffpress.benchmarks.search.workers import Record
+from diffpress.compress.recipe import parts
 from diffpress.gates import Gate
 
 CLEARLY = 0.01  # of its loss, by which one has to be beaten
@@ -25,8 +26,8 @@ def described(recipe: Mapping[str, Any], precision: str) -> str:
     """A recipe in a few words: its passes with the values of their fields."""
     words = []
     for entry in recipe["passes"]:
-        name, fields = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
-        values = " ".join(_value(key, value) for key, value in (fields or {}).items())
+        name, fields = parts(entry)
+        values = " ".join(_value(key, value) for key, value in fields.items())
         words.append(f"{name} {values}".strip())
     return f"{', '.join(words) or 'export only'}, {precision}"
 

@@ -30,7 +30,7 @@ from diffpress.benchmarks.search.study import Records, Search, drive
 from diffpress.benchmarks.search.workers import Local, Ray, Record, Workers, cores
 from diffpress.bundle import Bundle
 from diffpress.compress.cache.budget import CacheBudgetPass
-from diffpress.compress.recipe import Recipe
+from diffpress.compress.recipe import Recipe, parts
 from diffpress.errors import DiffpressError
 from diffpress.gates import Gate
 from diffpress.paths import write, write_json
@@ -281,12 +281,12 @@ def pinned(passes: Sequence[Any], program: StepProgram) -> list[Any]:
     reads = {name: list(variant.features) or FULL for name, variant in program.variants.items()}
     found: list[Any] = []
     for entry in passes:
-        name, fields = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        name, fields = parts(entry)
         if name != TIMED:
             found.append(entry)
             continue
         found.append({"planned": {"program": [reads.get(step, FULL) for step in program.steps]}})
-        if depth := CacheBudgetPass(**(fields or {})).depth:  # it corrects what it plans
+        if depth := CacheBudgetPass(**fields).depth:  # it corrects what it plans
             found.append({"cache-correct": {"depth": depth}})
     return found
 
