@@ -127,10 +127,12 @@ def speeds(bench: Bench, model: Model, contender: Contender, schedule: str, _: M
     }
 
 
-def pace(bench: Bench, model: Model) -> float | None:
-    """Images a second of the reference over all rounds of the run: the machine's own speed drifts between the rows."""
-    pairs = [(name, schedule) for name, found in bench.contenders.items() for schedule in found.schedules(model)]
-    known = [bench.known("times", model, *pair) or {} for pair in pairs]
+def pace(bench: Bench, model: Model, pairs: Sequence[tuple[Contender, str]]) -> float | None:
+    """Images a second of the reference over all rounds of the run: the machine's own speed drifts between the rows.
+
+    `pairs` are the rows: a contender and the name of its schedule.
+    """
+    known = [bench.known("times", model, contender.name, schedule) or {} for contender, schedule in pairs]
     times = [ms for found in known for ms in found.get("reference", ())]
     return 1000 / float(np.median(times)) if times and model.name != CALL else None
 
@@ -161,7 +163,8 @@ def measured(bench: Bench, model: Model) -> list[Found]:
         for worker in kept:
             worker.close()
     pairs = [(contender, name) for contender in bench.contenders.values() for name in contender.schedules(model)]
-    rows, rate = [entry(bench, model, contender, schedule) for contender, schedule in pairs], pace(bench, model)
+    rows = [entry(bench, model, contender, schedule) for contender, schedule in pairs]
+    rate = pace(bench, model, pairs)
     for row in rows:
         if rate is not None and row["speedup_vs_eager"] is not None:
             row["images_per_second"] = rate * row["speedup_vs_eager"]

@@ -87,6 +87,9 @@ class Bench:
         """Let a contender draw, or call, on each of its schedules where that is missing."""
         missing = self.missing("rows", model, contender)
         while missing:
+            if model.name == CALL and contender.not_called:
+                self.keep("rows", model, contender, missing.pop(0), {"reason": contender.not_called})
+                continue
             try:
                 with self.opened(contender, model) as worker:
                     while missing:

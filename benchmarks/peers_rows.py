@@ -13,7 +13,7 @@ import yaml
 
 from diffpress.api import SHAPES_GUIDANCE
 from diffpress.calibration.model import SHAPES, folder_of
-from diffpress.compress.recipe import SCHEDULE, presets
+from diffpress.compress.recipe import SCHEDULE, parts, presets
 
 if TYPE_CHECKING:
     from diffpress.compress.schedule.solver import Solver, Spacing
@@ -25,6 +25,7 @@ MODELOPT = "INT8_DEFAULT_CFG"
 CALL = "sd15"  # the model of which single calls of the denoiser are measured
 CALLS = 10  # steps of its schedule: two whole turns of a cache that runs every fifth step in full
 OWN = "own"  # the schedule of a recipe that brings one
+TOO_LONG = "it finetunes, which takes the better part of a day at this size on a CPU"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Contender:
     """Something that draws. `make` names what opens it in `peers_worker`, `options` are for that.
 
     `plain` is the contender without compression in the same library. `environment` names one of ENVIRONMENTS.
+    `not_called` says why single calls of a large denoiser are not measured.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Contender:
     plain: str = REFERENCE
     environment: str | None = None
     quick: bool = False
+    not_called: str | None = None
 
     def schedules(self, model: Model) -> list[str]:
         """Names of those it draws on: a recipe that brings its own has no other."""
@@ -125,14 +128,32 @@ def contenders() -> dict[str, Contender]:
     found.append(Contender(exact, "diffpress", {"recipe": "fp32", "precision": "fp32"}, False, exact))
     for name in presets():
         quick = name in ("balanced", "fast")
-        found.append(Contender(f"diffpress {name}", "diffpress", {"recipe": name}, False, exact, quick=quick))
+        found.append(
+            Contender(
+                f"diffpress {name}",
+                "diffpress",
+                {"recipe": name},
+                False,
+                exact,
+                quick=quick,
+                not_called=TOO_LONG if finetunes(name) else None,
+            )
+        )
     return {contender.name: contender for contender in found}
 
 
 def brings_schedule(recipe: str) -> bool:
     """Whether a preset chooses its own solver and steps."""
-    passes = yaml.safe_load(presets()[recipe].read_text("utf-8"))["passes"]
-    return any(SCHEDULE in entry for entry in passes)  # a pass is a name, or a mapping from it
+    return SCHEDULE in _passes(recipe)
+
+
+def finetunes(recipe: str) -> bool:
+    """Whether a preset trains what it pruned."""
+    return "distill" in _passes(recipe)
+
+
+def _passes(recipe: str) -> list[str]:
+    return [parts(entry)[0] for entry in yaml.safe_load(presets()[recipe].read_text("utf-8"))["passes"]]
 
 
 @dataclass(frozen=True)

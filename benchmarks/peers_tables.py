@@ -22,8 +22,13 @@ Rows = Sequence[Row]
 
 
 def data() -> dict[str, Any]:
-    """The committed run."""
+    """The committed run on `shapes`, and behind its rows those of a run of calls at 1.5's size, which has a machine."""
     found: dict[str, Any] = json.loads((RESULTS / "peers.json").read_text("utf-8"))
+    calls = RESULTS / f"peers_{CALL}.json"
+    if calls.exists():
+        other = json.loads(calls.read_text("utf-8"))
+        found["rows"] += other["rows"]
+        found["calls"] = other["machine"]
     return found
 
 
@@ -71,9 +76,9 @@ def on_front(rows: Rows, good: Callable[[Row], float]) -> list[Row]:
 
 def claims() -> str:
     """What was asked of ours beside the peers, and what was reached."""
-    rows = data()["rows"]
-    made = [*_fronts(rows), *_factors(rows)]
-    return markdown.claims("on this CPU", made)
+    found = data()
+    made = [*_fronts(found["rows"]), *_factors(found["rows"])]
+    return "\n".join([markdown.claims("on this CPU", made), *_calls(found)])
 
 
 def _fronts(rows: Rows) -> list[Claim]:
@@ -160,7 +165,7 @@ def peers() -> str:
     for row in found["rows"]:
         if row["model"] == SHAPES and row["reason"] and row["contender"] not in best:
             absent.setdefault(row["reason"], {})[row["contender"]] = None
-    lines += ["", where(found)]
+    lines += ["", where(found), *_calls(found)]
     if absent:
         told = "; ".join(f"{' and '.join(names)}: {why}" for why, names in absent.items())
         lines += ["", f"No row, and why: {told}."]
@@ -204,7 +209,7 @@ def peers_all() -> str:
             "yes" if row["deploys"] else "no",
         ]
         lines.append(markdown.row(cells))
-    return "\n".join([*lines, "", where(found)])
+    return "\n".join([*lines, "", where(found), *_calls(found)])
 
 
 def _pair(row: Row, key: str) -> str:
@@ -221,6 +226,17 @@ def where(found: Mapping[str, Any]) -> str:
         f"of runs paired with eager diffusers FP32 at {found['sampling']['steps']} steps of "
         f"{found['sampling']['scheduler']}; {here['processor']}, {here['cores']} cores."
     )
+
+
+def _calls(found: Mapping[str, Any]) -> list[str]:
+    """The same of calls at 1.5's size, where they had a run of their own."""
+    here = found.get("calls")
+    if here is None:
+        return []
+    said = (
+        "Calls of SD 1.5's size: random weights, both halves of guidance, medians of pairs with eager diffusers FP32 in"
+    )
+    return ["", f"{said} a run of their own; {here['processor']}, {here['cores']} cores."]
 
 
 # -- plot --------------------------------------------------------------------------------------------------------------

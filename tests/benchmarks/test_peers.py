@@ -117,6 +117,17 @@ def test_a_recipe_with_a_schedule_of_its_own_has_no_other() -> None:
     assert found["diffpress int8"].schedules(SHAPES) == list(SHAPES.schedules) == found[REFERENCE].schedules(SHAPES)
 
 
+def test_what_finetunes_is_not_called_at_a_large_models_size(bench: Any) -> None:
+    found = peers_rows.contenders()
+    assert [name for name, one in found.items() if one.not_called] == ["diffpress max"]
+    own, asked = bench(contenders={REFERENCE: found[REFERENCE], "diffpress max": found["diffpress max"]})
+    rows = peers.measured(own, CALLED)
+    assert [row["reason"] for row in rows] == [None, peers_rows.TOO_LONG]
+    assert "diffpress max" not in {name for name, _ in asked}
+    own.draw(SHAPES, found["diffpress max"])
+    assert ("diffpress max", "draw") in asked
+
+
 def test_models_and_schedulers_are_read_from_the_folder() -> None:
     model = peers_rows.shapes()
     assert (model.latent, model.side, model.text[1]) == ((4, 16, 16), 64, 96)

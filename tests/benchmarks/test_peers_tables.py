@@ -78,6 +78,23 @@ def test_without_calls_nothing_is_said_of_them(tmp_path: Path, monkeypatch: pyte
     assert len({line.count("|") for line in peers_tables.peers().splitlines() if line.startswith("|")}) == 1
 
 
+def test_calls_that_had_a_run_of_their_own_stand_beside_it(written: None, tmp_path: Path) -> None:
+    document = json.loads((tmp_path / "peers.json").read_text())
+    images, calls = ([one for one in ROWS if (one["model"] == "sd15") is kind] for kind in (False, True))
+    (tmp_path / "peers.json").write_text(json.dumps({**document, "rows": images + calls}))
+    together = [peers_tables.peers(), peers_tables.peers_all(), peers_tables.claims()]
+    (tmp_path / "peers.json").write_text(json.dumps({**document, "rows": images}))
+    other = {"machine": {"processor": "another", "cores": 4}, "rows": calls}
+    (tmp_path / "peers_sd15.json").write_text(json.dumps(other))
+    apart = [peers_tables.peers(), peers_tables.peers_all(), peers_tables.claims()]
+    for before, after in zip(together, apart, strict=True):
+        (said,) = (line for line in after.splitlines() if line and line not in before.splitlines())
+        assert said.startswith("Calls of SD 1.5's size") and said.endswith("in a run of their own; another, 4 cores.")
+        assert [line for line in after.splitlines() if line not in ("", said)] == list(
+            filter(None, before.splitlines())
+        )
+
+
 def test_fronts_are_what_the_definition_says() -> None:
     generator = np.random.default_rng(3)
     for _ in range(200):
