@@ -21,6 +21,7 @@ from diffpress.benchmarks import (
     pruning_tables,
     recipe_tables,
     scale_tables,
+    search_tables,
     steps_tables,
     verdict,
 )
@@ -262,6 +263,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale_tables.scale,
     "scale_engines": scale_tables.engines,
     "scale_pruning": scale_tables.pruning,
+    "search": search_tables.search,
+    "search_claims": search_tables.claims,
     "shapes": shapes,
     "shapes_claims": shapes_claims,
     "steps": steps_tables.steps,

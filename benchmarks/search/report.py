@@ -18,7 +18,7 @@ from diffpress.benchmarks.search.workers import Record
 from diffpress.compress.recipe import parts
 from diffpress.gates import Gate
 
-CLEARLY = 0.01  # of its loss, by which one has to be beaten
+CLEARLY = 0.01  # of its loss, or of the steadier number, by which one has to be beaten
 Finalist = dict[str, Any]
 
 
@@ -84,7 +84,7 @@ def _judged(held: Sequence[Finalist], loss: Loss, budgets: Sequence[Gate], first
 def _beaten(finalists: Sequence[Finalist], first: Mapping[str, str], loss: Loss) -> list[dict[str, Any]]:
     """Of every recipe that came first, the one that loses least among those that are as fast and lose less than it.
 
-    What loses less has the steadier number lower, too: a mean alone may be one image's luck.
+    Where single images weigh much in a loss, the steadier number has to be clearly lower, and the loss no higher.
     """
     found = []
     for own in finalists:
@@ -94,14 +94,19 @@ def _beaten(finalists: Sequence[Finalist], first: Mapping[str, str], loss: Loss)
             entry
             for entry in finalists
             if objective.speed(entry) >= objective.speed(own)
-            if entry["loss"] < own["loss"] - CLEARLY * abs(own["loss"])
-            if loss.steadier is None or loss.steadier(entry) < loss.steadier(own)
+            if _loses_less(entry, own, loss)
             if entry["key"] not in first
         ]
         best = objective.least(better, loss)
         beater = None if best is None else better[best]["key"]
         found.append({"name": first[own["key"]], "key": own["key"], "beaten_by": beater})
     return found
+
+
+def _loses_less(entry: Finalist, own: Finalist, loss: Loss) -> bool:
+    deciding = loss.steadier or loss.of
+    number, other = deciding(entry), deciding(own)
+    return entry["loss"] <= own["loss"] and number < other - CLEARLY * abs(other)
 
 
 def _row(record: Record, first: Mapping[str, str], loss: Loss) -> dict[str, Any]:

@@ -43,8 +43,12 @@ def test_a_lower_mean_alone_beats_nothing(a_report: dict[str, Any]) -> None:
     finalists[1]["quality"]["latent_rel_l2_median"] = 0.06
     found = report._beaten(finalists, {"a": "cache"}, objective.LOSSES["latent_error"])
     assert found == [{"name": "cache", "key": "a", "beaten_by": None}]
-    finalists[1]["loss"] = objective.LOSSES["ssim_loss"].of(finalists[1])  # which has no other number
+    for entry in finalists:
+        entry["loss"] = objective.LOSSES["ssim_loss"].of(entry)  # which has no other number
     assert report._beaten(finalists, {"a": "cache"}, objective.LOSSES["ssim_loss"])[0]["beaten_by"] == "b"
+    finalists[1]["loss"] = finalists[0]["loss"] * 0.995 + 1e-6
+    finalists[1]["quality"]["ssim"] = 1 - finalists[1]["loss"]
+    assert report._beaten(finalists, {"a": "cache"}, objective.LOSSES["ssim_loss"])[0]["beaten_by"] is None
 
 
 def test_the_page_holds_every_number_and_nothing_from_elsewhere(a_report: dict[str, Any]) -> None:
