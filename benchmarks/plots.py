@@ -234,7 +234,7 @@ def scatter(
     return f'{head} aria-label="{escape(up)}">{"".join(body)}</svg>\n'
 
 
-_Box = tuple[float, float, float, float]  # left, top, right, bottom
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def rivals(groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str, up: str) -> str:
@@ -265,17 +265,16 @@ def rivals(groups: Mapping[str, Sequence[tuple[float, float, str]]], across: str
         body.append(text(x, bottom + 17, f"{place:g}"))
     body += [text(width - RIGHT, height - 3, across, "end"), text(0, 11, up, "start")]
     # Names keep clear of every point and of each other.
-    taken: list[_Box] = [(x_of(x) - 4, y_of(y) - 4, x_of(x) + 4, y_of(y) + 4) for x, y, _ in points]
+    taken: list[Box] = [(x_of(x) - 4, y_of(y) - 4, x_of(x) + 4, y_of(y) + 4) for x, y, _ in points]
     for number, ((name, some), (mark, colour)) in enumerate(zip(groups.items(), _PAIR, strict=False)):
         best = [some[index] for index in pareto([(x, -y) for x, y, _ in some])]
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y, _ in sorted(best))
         body.append(f'<polyline stroke="{colour}" points="{path}"/>')
         body += [_mark(mark, x_of(x), y_of(y), colour, f"{words}: {x:.3g}, {y:.3g}") for x, y, words in some]
         for x, y, words in sorted(best, reverse=True):
-            placed = _placed(words, x_of(x), y_of(y), taken, width)
-            if placed is not None:
-                taken.append(placed)
-                body.append(text(placed[0], placed[3] - 2, words, "start", "name"))
+            if box := placed(words, x_of(x), y_of(y), taken, width):
+                taken.append(box)
+                body.append(text(box[0], box[3] - 2, words, "start", "name"))
         x = width - RIGHT - 90 * (len(groups) - number)
         body += [_mark(mark, x, 8, colour), text(x + 10, 12, name, "start")]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
@@ -296,10 +295,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(kept)
 
 
-def _placed(words: str, x: float, y: float, taken: Sequence[_Box], width: float) -> _Box | None:
-    """Where a name of 9 units fits beside (x, y), the right of it first; None where all is taken."""
-    long, tall = 4.9 * len(words), 11.0
-    sides, heights = (x + 6, x - 6 - long, x - long / 2), (y - 6, y - 17, y + 6, y - 28, y + 17)
+def placed(words: str, x: float, y: float, taken: Sequence[Box], width: float, size: float = 9) -> Box | None:
+    """Where a name in letters of `size` fits beside (x, y), the right of it first; None where all is taken.
+
+    `taken` are boxes to keep clear of, `width` is where the picture ends.
+    """
+    long, tall = 0.545 * size * len(words), 1.22 * size
+    sides, heights = (x + 6, x - 6 - long, x - long / 2), (y - 6, y - 6 - tall, y + 6, y - 6 - 2 * tall, y + 6 + tall)
     for above in heights:
         for left in sides[: 2 if above == heights[0] else None]:
             box = (left, above, left + long, above + tall)
@@ -309,7 +311,7 @@ def _placed(words: str, x: float, y: float, taken: Sequence[_Box], width: float)
     return None
 
 
-def _overlap(a: _Box, b: _Box) -> bool:
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

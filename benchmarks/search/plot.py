@@ -8,11 +8,13 @@ from html import escape
 from typing import Any
 
 from diffpress import gates
-from diffpress.benchmarks.plots import log_ticks, nice_ticks
+from diffpress.benchmarks.plots import Box, log_ticks, nice_ticks, placed
 from diffpress.benchmarks.search import objective
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 30, 46
+MANY = 10.0  # how many times faster the fastest is where speeds between are not all written
+NAME = 15  # size of the names, which are bold
 WIDE = 8.0  # how many times larger the largest loss is where the scale becomes logarithmic
 
 
@@ -49,15 +51,19 @@ def plot(report: Mapping[str, Any]) -> str:
     body += [_dot("tried", x_of(row["speedup"]), y_of(row["loss"]), 3, row["name"], row) for row in rows]
     body.append(_stairs(sorted((x_of(objective.speed(one)), y_of(one["loss"])) for one in held if one["front"]), right))
     first = {one["key"]: one["name"] for one in report["first"]}
+    taken: list[Box] = []  # by dots and names, of which none may stand on another
     for one in held:
         kind = "first" if one["key"] in first else "found"
         kind = "chosen" if one["key"] == report["chosen"] else kind
         row = {"speedup": objective.speed(one), "loss": one["loss"]}
         x, y = x_of(row["speedup"]), y_of(one["loss"])
         body.append(_dot(kind, x, y, 7 if kind == "chosen" else 5, one["name"], row))
-        if one["key"] in first:
-            near = x > WIDTH - 110
-            body.append(_text(x - 9 if near else x + 9, y - 6, first[one["key"]], "end" if near else "start", "name"))
+        taken.append((x - 5, y - 5, x + 5, y + 5))
+    for one in held:
+        name, x, y = first.get(one["key"]), x_of(objective.speed(one)), y_of(one["loss"])
+        if name and (box := placed(name, x, y, taken, right, NAME)):
+            taken.append(box)
+            body.append(_text(box[0], box[3] - 4, name, "start", "name"))
     inner = "".join(body)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(words)} against speed">{inner}</svg>'
 
@@ -83,7 +89,8 @@ def _fine(low: float, high: float) -> list[float]:
 
 
 def _speeds(low: float, high: float) -> list[float]:
-    found = [unit * power for power in log_ticks(low, high) for unit in (1, 1.5, 2, 3, 4, 5, 6, 8)]
+    units = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < MANY * low else (1, 2, 5)
+    found = [unit * power for power in log_ticks(low, high) for unit in units]
     return [tick for tick in found if low <= tick <= high]
 
 

@@ -78,7 +78,7 @@ def give_up(
 ) -> dict[str, Any]:
     """What was found out, nothing where no finished trial is faster; raises `Hopeless`.
 
-    `rivals` are finished trials: {key, speedup, operations, precision, quantized, errors}, the last by image.
+    `rivals` are finished trials: {name, speedup, operations, precision, quantized, errors}, the last by image.
     """
     speedup = predicted(ops, precision, bool(work.quantization), rivals)
     faster = [rival for rival in rivals if speedup is not None and rival["speedup"] >= (1 + FASTER) * speedup]
@@ -90,7 +90,7 @@ def give_up(
         theirs = fmean(rival["errors"][: len(found)])
         if not error < (1 + NEARER) * theirs:  # NaN is hopeless, too
             raise Hopeless(
-                f"about {speedup:.1f}x at an error of {error:.3g} on {len(found)} images, where {rival['key']} has "
+                f"about {speedup:.1f}x at an error of {error:.3g} on {len(found)} images, where '{rival['name']}' has "
                 f"{rival['speedup']:.1f}x at {theirs:.3g}"
             )
     return {"speedup": speedup, "error": error}

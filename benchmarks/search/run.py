@@ -195,9 +195,13 @@ def _try(found: Search, asked: Asked, settings: Settings, base: Base, output: Pa
         if suggestion["precision"] not in base.backends:
             raise DiffpressError(f"this search was begun where {suggestion['precision']} runs, which it does not here")
         running[suggestion["key"]] = trial.key_of(suggestion["recipe"])
-        names = ("key", "precision", "operations", "quantized", "errors")
+        names = ("precision", "operations", "quantized", "errors")
         rivals = [
-            {name: one[name] for name in names} | {"speedup": objective.speed(one)}
+            {
+                **{name: one[name] for name in names},
+                "name": reports.described(one["recipe"], one["precision"]),
+                "speedup": objective.speed(one),
+            }
             for one in records.measured()
             if objective.keeps(others, one)
         ]

@@ -46,7 +46,7 @@ def worked(ground: Ground, passes: Sequence[Any]) -> Work:
 
 
 def rival(speedup: float, error: float, ops: float, quantized: bool = False) -> dict[str, Any]:
-    own = {"key": "other", "precision": "fp32", "quantized": quantized}
+    own = {"name": "other", "precision": "fp32", "quantized": quantized}
     return {**own, "speedup": speedup, "operations": ops, "errors": [error] * 8}
 
 
@@ -139,7 +139,7 @@ def test_a_hopeless_trial_is_not_exported(ground: Ground) -> None:
     recipe = {"name": "late", "steps": 6, "passes": [{"cache": {"interval": 3}}]}
     rivals = [rival(9.0, 1e-6, 1e6), rival(3.0, 9.0, 1e6)]
     record = trial.run(task(ground, recipe, rivals=rivals, proxy=True))
-    assert record["state"] == "hopeless" and "where other has 9.0x at 1e-06" in record["message"]
+    assert record["state"] == "hopeless" and "where 'other' has 9.0x at 1e-06" in record["message"]
     assert not trial.folder_of(ground.place, recipe).exists()
 
 
