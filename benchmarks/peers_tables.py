@@ -236,7 +236,8 @@ def _calls(found: Mapping[str, Any]) -> list[str]:
     said = (
         "Calls of SD 1.5's size: random weights, both halves of guidance, medians of pairs with eager diffusers FP32 in"
     )
-    return ["", f"{said} a run of their own; {here['processor']}, {here['cores']} cores."]
+    who = "who has no number had no part in it"
+    return ["", f"{said} a run of their own, {who}; {here['processor']}, {here['cores']} cores."]
 
 
 # -- plot --------------------------------------------------------------------------------------------------------------
