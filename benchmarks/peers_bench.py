@@ -74,7 +74,9 @@ class Bench:
 
     @contextmanager
     def opened(self, contender: Contender, model: Model) -> Iterator[Answers]:
-        """A process of the contender, until the block is left."""
+        """A process of the contender, until the block is left; raises `Failed` where it is not called at all."""
+        if model.name == CALL and contender.not_called:
+            raise Failed(contender.not_called)
         worker = self.start(contender, model)
         try:
             yield worker
@@ -87,9 +89,6 @@ class Bench:
         """Let a contender draw, or call, on each of its schedules where that is missing."""
         missing = self.missing("rows", model, contender)
         while missing:
-            if model.name == CALL and contender.not_called:
-                self.keep("rows", model, contender, missing.pop(0), {"reason": contender.not_called})
-                continue
             try:
                 with self.opened(contender, model) as worker:
                     while missing:

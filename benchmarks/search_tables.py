@@ -8,6 +8,7 @@ from typing import Any
 
 from diffpress.benchmarks import markdown
 from diffpress.benchmarks.search import objective, report
+from diffpress.benchmarks.search.trial import MEASURED
 
 FILE = Path(__file__).resolve().parent / "results" / "search.json"
 MINUTES = 45.0  # asked of 40 trials on two cores
@@ -23,26 +24,25 @@ def search() -> str:
     """The front of the finals and the recipes that came first, by speed, and who beats each of these."""
     found = data()
     first = {one["key"]: one["beaten_by"] for one in found["first"]}
-    names = {entry["key"]: entry["name"] for entry in found["finalists"]}
     heads = ["vs diffusers", "latent error", "median", "PSNR", "attributes", "denoiser", "as fast and nearer"]
     lines = [markdown.row(["", *heads]), "|---|" + "--:|" * (len(heads) - 1) + "---|"]
     shown = [entry for entry in found["finalists"] if entry["front"] or entry["key"] in first]
     for entry in sorted(shown, key=objective.speed):
-        own, quality, size = entry["key"], entry["quality"], entry["size_bytes"]
-        chosen = own == found["chosen"]
+        own, name, quality, size = entry["key"], entry["name"], entry["quality"], entry["size_bytes"]
+        beater = first.get(own)
         cells = [
-            f"`{names[own]}`" if own in first else f"**{names[own]}**, chosen" if chosen else names[own],
+            f"`{name}`" if own in first else f"**{name}**, chosen" if own == found["chosen"] else name,
             f"{objective.speed(entry):.1f}x",
             f"{quality['latent_rel_l2']:.4f}",
             f"{quality['latent_rel_l2_median']:.4f}",
             f"{quality['psnr_db']:.1f}",
             f"{quality['attribute_accuracy']['compressed']:.1%}",
             f"{size['denoiser_compressed'] / size['denoiser_reference']:.0%}",
-            "" if own not in first else names.get(first[own], "none"),
+            report.of_key(found, beater)["name"] if beater else "none" if own in first else "",
         ]
         lines.append(markdown.row(cells))
     made, run, machine = found["bundle"], found["run"], found["machine"]
-    count = sum(row["state"] == "measured" for row in found["trials"])
+    count = sum(row["state"] == MEASURED for row in found["trials"])
     lines += [
         "",
         f"`{found['reproduce']}`: {run['trials']} trials ({count} measured to the end) in {run['seconds'] / 60:.0f} "

@@ -71,7 +71,7 @@ def steps_all() -> str:
         cells = [
             row["name"],
             f"{row['evaluations']:g}",
-            markdown.cell(row["speedup_vs_eager"], ".1f") + ("x" if row["speedup_vs_eager"] else ""),
+            markdown.cell(row["speedup_vs_eager"], ".1f", "x"),
             *(
                 markdown.cell(row[f"latent_rel_l2{end}"], ".4f")
                 for end in ("", "_median", "_converged", "_converged_median")

@@ -234,7 +234,7 @@ def unet_speed() -> str:
     keys = ("speedup_vs_fp32", "speedup_vs_bf16")
     lines = ["| | vs FP32 | vs BF16 |", "|---|--:|--:|"]
     for row in data["rows"]:
-        cells = [markdown.cell(row.get(key), ".2f") + ("x" if row.get(key) else "") for key in keys]
+        cells = [markdown.cell(row.get(key), ".2f", "x") for key in keys]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     tops = ", ".join(f"{name} {value:.2f}" for name, value in data["ceilings_tera_operations_per_s"].items())
     machine = data["machine"]

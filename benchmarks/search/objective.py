@@ -137,7 +137,8 @@ def least(candidates: Sequence[Measured], loss: Loss) -> int | None:
     order = sorted(range(len(candidates)), key=lambda i: (loss.of(candidates[i]), -speed(candidates[i])))
     if not order or (steadier := loss.steadier) is None:
         return order[0] if order else None
-    near = [index for index in order if alike(candidates[index], candidates[order[0]])]
+    best = candidates[order[0]]
+    near = [i for i in order if steadier(candidates[i]) <= steadier(best) and alike(candidates[i], best)]
     return min(near, key=lambda i: (steadier(candidates[i]), -speed(candidates[i])), default=order[0])
 
 

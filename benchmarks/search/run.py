@@ -259,8 +259,9 @@ def _ship(report: Mapping[str, Any], ground: Ground, quiet: bool) -> Bundle:
     settings, output = ground.settings, ground.place
     own = reports.of_key(report, report["chosen"])
     recipe = {**own["recipe"], "name": "searched", "description": f"{own['name']}: found by diffpress search"}
-    tried, _ = trial.make(own["recipe"], trial.folder_of(output, own["recipe"]), ground, {})  # finals left it there
-    recipe["passes"] = pinned(own["recipe"]["passes"], tried.program)
+    if any(parts(entry)[0] == TIMED for entry in recipe["passes"]):
+        tried, _ = trial.make(own["recipe"], trial.folder_of(output, own["recipe"]), ground, {})
+        recipe["passes"] = pinned(recipe["passes"], tried.program)
     limits = ", ".join(report["budgets"])
     head = f"# {reports.numbers(report, own)} on {own['backend']} {own['precision']}, within {limits}.\n"
     write(output / RECIPE, (head + yaml.safe_dump(recipe, sort_keys=False)).encode())
