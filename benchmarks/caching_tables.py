@@ -34,22 +34,15 @@ def _data() -> dict[str, Any]:
     return data
 
 
-def _pair(row: Mapping[str, Any] | None, key: str) -> str:
-    """Median and, in brackets, mean of an error."""
-    if not row or row[f"{key}_median"] is None:
-        return "–"
-    return f"{row[f'{key}_median']:.3f} ({row[key]:.3f})"
-
-
-def _grouped(rows: Rows, columns: int) -> list[tuple[str, Mapping[str, Any] | None]]:
-    """Every row with the first cell of its line; a group begins with a line of its own and no row."""
+def _grouped(rows: Rows, heads: int) -> list[tuple[str, Mapping[str, Any] | None]]:
+    """Every row with its name; before a group's first one the line that begins the group, and no row."""
     found: list[tuple[str, Mapping[str, Any] | None]] = []
     group = None
     for row in rows:
         if row["group"] != group:
             group = row["group"]
-            found.append((f"| **{group}** |" + " |" * columns, None))
-        found.append((f"| {row['name']} | ", row))
+            found.append((markdown.group(group, heads), None))
+        found.append((row["name"], row))
     return found
 
 
@@ -60,23 +53,24 @@ def caching() -> str:
         "| | vs uncached | vs diffusers | PSNR | error to 50 DDIM steps | to converged | plain steps as fast | their error to 50 DDIM steps | to converged | better, 50 DDIM : converged |",  # noqa: E501
         "|---|" + "--:|" * 9,
     ]
-    for line, row in _grouped(_shown(data["rows"]), 9):
+    for name, row in _grouped(_shown(data["rows"]), 10):
         if row is None:
-            lines.append(line)
+            lines.append(name)
             continue
         rival, beats = row["rival"], row["beats"]
         cells = [
+            name,
             markdown.cell(row["speedup_vs_uncompressed"], ".2f", "x"),
             markdown.cell(row["speedup_vs_eager"], ".1f", "x"),
             markdown.cell(row["psnr_db"], ".1f"),
-            _pair(row, "latent_rel_l2"),
-            _pair(row, "latent_rel_l2_converged"),
+            markdown.error(row, "latent_rel_l2"),
+            markdown.error(row, "latent_rel_l2_converged"),
             str(rival["steps"]) if rival else "–",
-            _pair(rival, "latent_rel_l2"),
-            _pair(rival, "latent_rel_l2_converged"),
+            markdown.error(rival, "latent_rel_l2"),
+            markdown.error(rival, "latent_rel_l2_converged"),
             " : ".join("yes" if beats[key] else "no" for key in (MEDIAN, CONVERGED)) if beats else "–",
         ]
-        lines.append(line + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     return "\n".join([*lines, "", _where(data)])
 
 
@@ -111,22 +105,23 @@ def caching_all() -> str:
         "| | program | graphs | vs diffusers | vs uncached | in ONNX Runtime | in torch | denoiser | error to 50 DDIM steps | to converged | to its own full steps | PSNR | SSIM | CLIP | Fréchet | attributes | planning | plain steps as fast |",  # noqa: E501
         "|---|---|" + "--:|" * 16,
     ]
-    for line, row in _grouped(data["rows"], 17):
+    for name, row in _grouped(data["rows"], 18):
         if row is None:
-            lines.append(line)
+            lines.append(name)
             continue
         if row.get("problem"):
-            lines.append(f"{line}does not run: {row['problem'].replace('|', '/')} |" + " |" * 16)
+            lines.append(markdown.row((name, f"does not run: {row['problem'].replace('|', '/')}")) + " |" * 16)
             continue
         rival = row["rival"]
         cells = [
+            name,
             f"`{row['program']}`" if row.get("program") else "–",
             markdown.cell(row.get("variants"), "d"),
             markdown.cell(row["speedup_vs_eager"], ".1f", "x"),
             *(markdown.cell(row[f"speedup_{key}"], ".2f", "x") for key in ("vs_uncompressed", "ort", "torch")),
             markdown.cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
-            *(_pair(row, f"latent_rel_l2{end}") for end in ("", "_converged")),
-            _pair(row, "latent_rel_l2_full") if row.get("latent_rel_l2_full_median") is not None else "–",
+            *(markdown.error(row, f"latent_rel_l2{end}") for end in ("", "_converged")),
+            markdown.error(row, "latent_rel_l2_full"),
             markdown.cell(row["psnr_db"], ".1f"),
             markdown.cell(row["ssim"], ".3f"),
             markdown.cell(row["clip_score"], ".2f"),
@@ -135,7 +130,7 @@ def caching_all() -> str:
             markdown.cell(row["seconds"], ".0f", " s"),
             f"{rival['steps']}: {rival['schedule']}, {rival['schedule_converged']}" if rival else _schedules(row),
         ]
-        lines.append(line + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     return "\n".join([*lines, "", _where(data)])
 
 

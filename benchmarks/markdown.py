@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Claim = tuple[str, str, str, bool]  # what, what was asked, what was reached, and whether that is enough
@@ -13,9 +13,20 @@ def cell(value: Any, form: str, unit: str = "") -> str:
     return "–" if value is None else format(value, form) + unit
 
 
+def error(measured: Mapping[str, Any] | None, key: str) -> str:
+    """Median and, in brackets, mean of an error over images; a dash where it was not measured."""
+    median = measured and measured.get(f"{key}_median")
+    return "–" if measured is None or median is None else f"{median:.3f} ({measured[key]:.3f})"
+
+
 def row(cells: Iterable[str]) -> str:
     """A line of a table."""
     return f"| {' | '.join(cells)} |"
+
+
+def group(name: str, heads: int) -> str:
+    """The line above the rows of a group, in a table of so many columns."""
+    return row([f"**{name}**"]) + " |" * (heads - 1)
 
 
 def claims(head: str, made: Iterable[Claim]) -> str:

@@ -144,7 +144,7 @@ def peers() -> str:
         best[row["contender"]] = row
     heads = ["vs diffusers", "images a second", "attributes", "PSNR", "error to converged", "denoiser"]
     heads += ["a call of SD 1.5's size", "its error"] if calls else []
-    lines = [f"| | backend | schedule | {' | '.join(heads)} |", "|---|---|---|" + "--:|" * len(heads)]
+    lines = [markdown.row(("", "backend", "schedule", *heads)), "|---|---|---|" + "--:|" * len(heads)]
     for row in sorted(best.values(), key=lambda row: row[SPEED], reverse=True):
         call = calls.get(row["contender"], {})
         cells = [
@@ -184,10 +184,10 @@ def peers_all() -> str:
         if row["model"] != group:
             group = row["model"]
             words = "images of `shapes`" if group == SHAPES else "calls of the denoiser at Stable Diffusion 1.5's size"
-            lines.append(f"| **{words}** |" + " |" * 15)
+            lines.append(markdown.group(words, 16))
         if row[SPEED] is None:
             why = str(row["reason"]).replace("|", "/")
-            lines.append(f"| {row['name']} | does not run: {why} |" + " |" * 14)
+            lines.append(markdown.row((row["name"], f"does not run: {why}")) + " |" * 14)
             continue
         note = f" ({row['note']})" if row["note"] else ""
         cells = [
@@ -202,20 +202,14 @@ def peers_all() -> str:
             markdown.cell(row["frechet"], ".3f"),
             markdown.cell(row["psnr_db"], ".1f"),
             markdown.cell(row["ssim"], ".3f"),
-            _pair(row, "latent_rel_l2"),
-            _pair(row, "latent_rel_l2_converged"),
+            markdown.error(row, "latent_rel_l2"),
+            markdown.error(row, "latent_rel_l2_converged"),
             markdown.cell(row["bytes"] and row["bytes"] / 1e6, ".1f", " MB"),
             markdown.cell(row["seconds"], ".0f", " s"),
             "yes" if row["deploys"] else "no",
         ]
         lines.append(markdown.row(cells))
     return "\n".join([*lines, "", where(found), *_calls(found)])
-
-
-def _pair(row: Row, key: str) -> str:
-    """Median and, in brackets, mean of an error."""
-    median = row[f"{key}_median"]
-    return "–" if median is None else f"{median:.3f} ({row[key]:.3f})"
 
 
 def where(found: Mapping[str, Any]) -> str:

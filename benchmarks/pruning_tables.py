@@ -25,25 +25,26 @@ def _document() -> dict[str, Any]:
 
 
 def _line(row: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
-    psnr, zipped = row["psnr_db"], row["bytes_zipped"]
+    zipped = row["bytes_zipped"]
     cells = [
+        row["name"],
         f"{row['params'] / whole['params']:.0%}",
         f"{row['zeros']:.0%}",
         f"{row['flops'] / whole['flops']:.0%}",
         f"{row['bytes'] / 1e6:.1f} MB",
-        "–" if zipped is None else f"{zipped / 1e6:.1f} MB",
+        markdown.cell(zipped and zipped / 1e6, ".1f", " MB"),
         f"{row['call_speedup']:.2f}x",
         f"{row['speedup_vs_uncompressed']:.2f}x",
         f"{row['latent_rel_l2']:.3f}",
         f"{row['latent_rel_l2_median']:.3f}",
-        "–" if psnr is None else f"{psnr:.1f}",
+        markdown.cell(row["psnr_db"], ".1f"),
         f"{row['clip_score']:.2f}",
         f"{row['frechet']:.2f}",
         f"{row['attribute_accuracy']:.1%}",
         f"{'+' if row['seconds_shared'] else ''}{row['seconds']:.0f}",
         f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
     ]
-    return f"| {row['name']} | " + " | ".join(cells) + " |"
+    return markdown.row(cells)
 
 
 def pruning_all() -> str:
@@ -54,7 +55,7 @@ def pruning_all() -> str:
     for row in sorted(document["rows"], key=lambda row: _groups(document).index(row["group"])):
         if row["group"] != group:
             group = row["group"]
-            lines.append(f"| **{group}** |" + " |" * (HEAD.count("|") - 2))
+            lines.append(markdown.group(group, HEAD.count("|") - 1))
         lines.append(_line(row, whole))
     return "\n".join(lines)
 
@@ -74,16 +75,16 @@ def pruning() -> str:
     ]
     for name in names:
         own = rows[f"OBS-Diff, {name}"]
-        cells = []
+        cells = [name]
         for method in METHODS:
             found = rows.get(f"{method}, {name}", rows.get(f"magnitude, {name}"))
             assert found is not None
-            cells.append(f"{found['latent_rel_l2_median']:.3f} ({found['latent_rel_l2']:.3f})")
+            cells.append(markdown.error(found, "latent_rel_l2"))
         cells.append(f"{own['attribute_accuracy']:.1%}")
         size = own["bytes"] if own["zeros"] < 0.01 else own["bytes_zipped"]
         cells.append(f"{size / 1e6:.1f} MB" + ("" if own["zeros"] < 0.01 else " zipped"))
         cells.append(f"{own['call_speedup']:.2f}x")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     whole = rows[REFERENCE]
     lines += [
         "",

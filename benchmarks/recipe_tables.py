@@ -89,9 +89,9 @@ def max_claims() -> str:
     ]
     for what, words, reached, form, met in asked:
         cells = [f"{x:{form}}" if met(x) else f"**{x:{form}}**" for x in reached]
-        lines.append(f"| {what} | {words} | {' | '.join(cells)} |")
+        lines.append(markdown.row((what, words, *cells)))
     plain = [f"{run[PLAIN]['psnr_db']:.1f} dB in {run[PLAIN]['steps']} steps" for run in runs]
-    lines.append(f"| plain {runs[0][PLAIN]['schedule']} steps as fast, uncompressed | | {' | '.join(plain)} |")
+    lines.append(markdown.row((f"plain {runs[0][PLAIN]['schedule']} steps as fast, uncompressed", "", *plain)))
     return "\n".join(lines)
 
 

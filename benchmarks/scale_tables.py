@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffpress.benchmarks import markdown
+
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "Stable Diffusion XL"}
 FORMATS = ("fp16", "int8", "int4")
@@ -36,12 +38,12 @@ def scale() -> str:
             continue
         cells = [f"{stages['create']['parameters']['unet'] / 1e6:.0f} M"]
         for stage in ("compress", "parity", "engines"):
-            cells.append(f"{stages[stage]['seconds'] / 60:.1f} min" if stage in stages else "–")
+            cells.append(markdown.cell(stages[stage]["seconds"] / 60 if stage in stages else None, ".1f", " min"))
         cells.append(f"{sum(row['seconds'] for row in stages.values()) / 60:.1f} min")
         cells.append(f"{max(row['peak_rss_bytes'] for row in stages.values()) / 1e9:.1f} GB")
         prompts = stages["compress"]["prompts"]
         of = f"{prompts} prompt{'s' if prompts > 1 else ''} × {stages['compress']['steps']} steps"
-        lines.append(f"| {name}, {of} | " + " | ".join(cells) + " |")
+        lines.append(markdown.row((f"{name}, {of}", *cells)))
         elsewhere += _elsewhere(name, stages, document)
     if elsewhere:
         lines += ["", f"Measured on {document['machine']['processor']}, but {'; '.join(elsewhere)}."]
@@ -70,7 +72,7 @@ def pruning() -> str:
             of = f"{row['prompts']} prompt{'s' if row['prompts'] > 1 else ''} × {row['steps']} steps"
             cells = [f"{count / 1e6:.0f} M" for count in (whole, row["parameters"])]
             cells += [f"{row['seconds'] / 60:.1f} min", f"{row['peak_rss_bytes'] / 1e9:.1f} GB"]
-            lines.append(f"| {name}, {of} | " + " | ".join(cells) + " |")
+            lines.append(markdown.row((f"{name}, {of}", *cells)))
     return "\n".join(lines)
 
 
@@ -84,5 +86,5 @@ def engines() -> str:
             continue
         whole = found[0]["bytes"]
         cells = ["–" if row is None else f"{row['bytes'] / 1e6:.0f} MB ({row['bytes'] / whole:.0%})" for row in found]
-        lines.append(f"| {name}, {found[0]['target']} | " + " | ".join(cells) + " |")
+        lines.append(markdown.row((f"{name}, {found[0]['target']}", *cells)))
     return "\n".join(lines)

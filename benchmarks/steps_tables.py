@@ -41,19 +41,13 @@ def steps() -> str:
         if row["group"] in ("schedule", "found schedule"):
             found.setdefault(_split(row["name"]), {})[row["steps"]] = row
     lines = [
-        "| error to the converged latents, median (mean) | " + " | ".join(f"{n} steps" for n in TOLD) + " |",
+        markdown.row(("error to the converged latents, median (mean)", *(f"{n} steps" for n in TOLD))),
         "|---|" + "--:|" * len(TOLD),
     ]
     for name, by_steps in found.items():
-        cells = [_pair(by_steps.get(count)) for count in TOLD]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [markdown.error(by_steps.get(count), "latent_rel_l2_converged") for count in TOLD]
+        lines.append(markdown.row((name, *cells)))
     return "\n".join([*lines, "", _where(data)])
-
-
-def _pair(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    return f"{row['latent_rel_l2_converged_median']:.3f} ({row['latent_rel_l2_converged']:.3f})"
 
 
 def steps_all() -> str:

@@ -93,9 +93,7 @@ def shapes() -> str:
             (f"{label}, chance", found["chance"]),
         ]
     lines = ["| | colours | shapes | sizes | relation |", "|---|--:|--:|--:|--:|"]
-    lines += [
-        f"| {name} | " + " | ".join(markdown.cell(row.get(kind), ".1%") for kind in kinds) + " |" for name, row in rows
-    ]
+    lines += [markdown.row((name, *(markdown.cell(row.get(kind), ".1%") for kind in kinds))) for name, row in rows]
     clip, vae, score = data["clip"], data["vae"], data["clip_score"]
     lines += [
         "",
