@@ -23,10 +23,16 @@ CHANNELS, SIDE, TOKENS, HIDDEN = 32, 8, 8, 32
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Recordings of tests do not land in the user's cache, nor come from it."""
+    """Recordings of tests do not land in the user's cache, nor come from it: all processes share one of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIFFPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DIFFPRESS_CACHE", str(_shared(tmp_path_factory) / "cache"))
         yield
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run alone, the same in every process of it."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +49,10 @@ def _networks_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Ite
     """
     from diffpress.export import graphs, kept
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    folder = _shared(tmp_path_factory) / "exported"
     export = graphs.to_onnx
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "to_onnx", lambda spec: kept.once(spec, folder, export, largest=4e6))
+        patch.setattr(graphs, "to_onnx", lambda spec: kept.once(spec, folder, export, largest=8e6))
         yield
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -433,7 +433,15 @@ def test_a_compression_that_stops_halfway_leaves_nothing(
     assert tree(tiny_pipeline) == before
 
 
-def test_a_ctrl_c_within_a_destructor_is_heeded() -> None:
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """SIGINT as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_ctrl_c_within_a_destructor_is_heeded(heeding: None) -> None:
     class Interrupted:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
@@ -445,7 +453,7 @@ def test_a_ctrl_c_within_a_destructor_is_heeded() -> None:
     assert sys.unraisablehook is before
 
 
-def test_a_ctrl_c_that_is_dropped_and_raised_comes_once() -> None:
+def test_a_ctrl_c_that_is_dropped_and_raised_comes_once(heeding: None) -> None:
     dropped = SimpleNamespace(exc_type=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt), cli._heeded():
         sys.unraisablehook(dropped)  # type: ignore[arg-type]
