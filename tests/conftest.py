@@ -63,6 +63,19 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pndm_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny one with PNDM, Stable Diffusion 1.5's own scheduler, which visits a timestep twice."""
+    from diffusers import PNDMScheduler
+
+    folder = tmp_path_factory.mktemp("pndm") / "pipeline"
+    shutil.copytree(tiny_pipeline, folder)
+    PNDMScheduler(skip_prk_steps=True, steps_offset=1).save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def least_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of 16x16 pixels that has a layer of each kind, for tests in which processes of their own export it."""
     return _pipeline(tmp_path_factory.mktemp("least"), levels=2, layers=1)

@@ -78,8 +78,13 @@ def test_corrections_that_do_not_fit_are_refused() -> None:
     entry = Correction(np.ones((2, 1, 3), np.float32), np.zeros((2, 3), np.float32))
     with pytest.raises(DiffpressError, match="do not belong together"):
         Correction(entry.scale, entry.offset[:1])
-    with pytest.raises(DiffpressError, match="visits one twice"):
-        Corrections((5.0, 5.0), {"up_0": entry})
+    assert Corrections((5.0, 5.0), {"up_0": entry}).features == {"up_0": entry}
+    for uneven in (
+        Correction(entry.scale * [[[1]], [[2]]], entry.offset),
+        Correction(entry.scale, entry.offset + np.array([[0.0], [1.0]])),
+    ):
+        with pytest.raises(DiffpressError, match="that of up_0 has two rows for one"):
+            Corrections((5.0, 5.0), {"up_0": uneven})
     with pytest.raises(DiffpressError, match="correction of up_0 has not one row for each"):
         Corrections((5.0, 4.0, 3.0), {"up_0": entry})
 

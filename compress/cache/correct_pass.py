@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from diffpress.compress.cache.correction import NAME, fit, neutral, reading, reference, told, warmed
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
-from diffpress.plan import Corrections, StepProgram
+from diffpress.plan import StepProgram
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -37,13 +37,9 @@ class CacheCorrectPass:
             raise DiffpressError(f"{NAME}: {error}") from error
 
     def comparable(self, work: Work) -> None:
-        """Raises `DiffpressError` where the float model is not there, or timesteps do not tell steps apart."""
+        """Raises `DiffpressError` where the float model is not there."""
         if work.quantization and work.original is None:
             reference(work)
-        try:
-            Corrections(work.sampling.timesteps, {})
-        except DiffpressError as error:
-            raise DiffpressError(f"{NAME}: {error}") from error
 
     def _program(self, work: Work) -> StepProgram:
         """That features are corrected along."""

@@ -7,7 +7,8 @@ is a second regressor: an extrapolation (Liu et al. 2025, TaylorSeer) whose coef
 
 Features are fitted along the trajectory that they correct: images of calibration prompts go through the sampler
 together, and each step takes the corrected feature before the next one is fitted. One half of the prompts fits, the
-other half judges which depth a feature of a step gets, if any.
+other half judges which depth a feature of a step gets, if any. Steps at one timestep, which PNDM has, take what the
+first of them that reads found: nothing tells the denoiser's calls there apart.
 """
 
 from __future__ import annotations
@@ -141,19 +142,23 @@ def fit(
             running = [CachedDenoiser(work.denoiser, program, provisional) for _ in walks]
             for index in work.progress(range(len(timesteps)), "correcting cached features"):
                 names = program.variants[program.steps[index]].features
+                twins = [step for step, timestep in enumerate(timesteps) if timestep == timesteps[index]]
                 if names:
                     halves = 2 if program.guided(index) == FULL else 1
                     sums = _sums(walks, running, UNetGraph(exact, writes=names), halves, depth, len(calls) // 2)
                     for name, (fitting, judging) in sums.items():
                         if not per_channel:
                             fitting, judging = (each.sum(dim=0, keepdim=True) for each in (fitting, judging))
-                        best, row = _best(fitting, judging, depth)
-                        if name not in found:
-                            found[name] = _ones(len(timesteps), depth, len(best))
-                        scale, offset = found[name]
-                        kept = best.shape[1] - 1
-                        scale[index, :kept], offset[index] = best[:, :-1].T.cpu().numpy(), best[:, -1].cpu().numpy()
-                        rows.append({"step": index, "feature": name, **row})
+                        scale, offset = found.setdefault(name, _ones(len(timesteps), depth, len(fitting)))
+                        row = next((row for row in rows if row["step"] in twins and row["feature"] == name), None)
+                        if row is None:
+                            best, row = _best(fitting, judging, depth)
+                            scale[twins, : best.shape[1] - 1] = best[:, :-1].T.cpu().numpy()
+                            offset[twins] = best[:, -1].cpu().numpy()
+                        else:
+                            kept = torch.from_numpy(np.concatenate([scale[index], offset[index][None]])).T
+                            row = {**row, **_errors(judging, kept.to(judging))}
+                        rows.append({**row, "step": index, "feature": name})
                     corrected = {**provisional.features, **{name: Correction(*entry) for name, entry in found.items()}}
                     for each in running:
                         each.correct(Corrections(timesteps, corrected))
@@ -226,16 +231,19 @@ def _true(walk: Trajectory, graph: UNetGraph, halves: int) -> list[Tensor]:
 
 def _best(fitting: Tensor, judging: Tensor, depth: int) -> tuple[Tensor, dict[str, Any]]:
     """Coefficients [C, kept + 1] of the least error on `judging`, at most `depth`, and what they are worth."""
-    nothing = fitting.new_zeros(len(fitting), 2)
-    nothing[:, 0] = 1.0
-    best = (error(judging, nothing), 0, nothing)
-    before = best[0]
-    for count in range(1, depth + 1):
-        tried = solve(fitting, count)
-        after = error(judging, tried)
-        if after < best[0]:
-            best = (after, count, tried)
-    return best[2], {"before": before, "after": best[0], "depth": best[1]}
+    tried = [_nothing(fitting), *(solve(fitting, count) for count in range(1, depth + 1))]
+    found = [_errors(judging, coefficients) for coefficients in tried]
+    kept = min(range(len(tried)), key=lambda count: found[count]["after"])
+    return tried[kept], {**found[kept], "depth": kept}
+
+
+def _errors(judging: Tensor, coefficients: Tensor) -> dict[str, float]:
+    return {"before": error(judging, _nothing(judging)), "after": error(judging, coefficients)}
+
+
+def _nothing(sums: Tensor) -> Tensor:
+    """Coefficients [C, 2] that change nothing."""
+    return torch.tensor([[1.0, 0.0]]).to(sums).expand(len(sums), 2)
 
 
 def _ones(steps: int, depth: int, channels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,9 @@ class TaylorSeerPass:
         corrections = None
         if self.order > 0:
             scale = extrapolation(full, len(timesteps))
+            for index in reversed(steps):  # those at one timestep share a row: of the first that reads it
+                if index not in full:
+                    scale[[timestep == timesteps[index] for timestep in timesteps]] = scale[index]
             offset = np.zeros((len(timesteps), 1), np.float32)
             corrections = Corrections(timesteps, {feature: Correction(scale, offset)})
         reads = [() if index in full else (feature,) for index in steps]

@@ -402,17 +402,19 @@ class Correction:
 
 @dataclass(frozen=True)
 class Corrections:
-    """Corrections by feature, rows in the order of `timesteps`."""
+    """Corrections by feature, rows in the order of `timesteps`; steps at one timestep, which PNDM has, share theirs."""
 
     timesteps: tuple[float, ...]
     features: Mapping[str, Correction]
 
     def __post_init__(self) -> None:
-        if len(set(self.timesteps)) < len(self.timesteps):
-            raise DiffpressError("corrections are found by timestep, but the schedule visits one twice")
         wrong = [name for name, entry in self.features.items() if len(entry.scale) != len(self.timesteps)]
         if wrong:
             raise DiffpressError(f"the correction of {wrong[0]} has not one row for each of the schedule's calls")
+        first = [self.timesteps.index(timestep) for timestep in self.timesteps]
+        for name, entry in self.features.items():
+            if any((rows[first] != rows).any() for rows in (entry.scale, entry.offset)):
+                raise DiffpressError(f"corrections are found by timestep, but that of {name} has two rows for one")
 
 
 @dataclass(frozen=True)

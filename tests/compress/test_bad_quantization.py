@@ -92,22 +92,9 @@ def test_blocks_that_would_be_all_scales_become_one_scale_per_channel() -> None:
     assert blocks == {128: 64, 48: 16, 40: None, 7: None}
 
 
-@pytest.fixture(scope="module")
-def repeating(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with PNDM, whose schedule visits a timestep twice."""
-    from diffusers import PNDMScheduler
-
-    folder = tmp_path_factory.mktemp("pndm") / "pipeline"
-    shutil.copytree(tiny_pipeline, folder)
-    PNDMScheduler(skip_prk_steps=True, steps_offset=1).save_pretrained(folder / "scheduler")
-    index = folder / "model_index.json"
-    index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
-    return folder
-
-
-def test_steps_at_one_timestep_share_their_scale(repeating: Path) -> None:
+def test_steps_at_one_timestep_share_their_scale(pndm_pipeline: Path) -> None:
     every = CalibrationOptions(method="every-step", prompts=1)
-    work = api.begin(str(repeating), Recipe(name="test", calibration=every), steps=STEPS, quiet=True)
+    work = api.begin(str(pndm_pipeline), Recipe(name="test", calibration=every), steps=STEPS, quiet=True)
     schedule = work.sampling.timesteps
     twin = next(row for row in range(1, len(schedule)) if schedule[row] == schedule[row - 1])
     assert len(schedule) == STEPS + 1

@@ -142,6 +142,25 @@ def test_the_fit_follows_the_corrected_trajectory(work: Work, depth: int, rounde
     np.testing.assert_array_equal(entry.scale[[0, 1, 4]], np.tile([[1.0], [0.0]], (3, 1, 32))[:, :depth])
 
 
+@pytest.mark.parametrize("reads", [(1, 2, 4), (2, 4)])
+def test_steps_at_one_timestep_share_what_the_first_that_reads_found(work: Work, reads: tuple[int, ...]) -> None:
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    work.sampling = tabulate(scheduler, STEPS - 1, 3.0, 64, 64)
+    assert work.sampling.timesteps[1] == work.sampling.timesteps[2] and len(work.sampling.timesteps) == STEPS
+    program = program_of(work.denoiser, [(DEEP,) if index in reads else () for index in range(STEPS)])
+    entry = fit(work, program).features[DEEP]
+    rows = work.tables["cache-correct"]
+    assert [row["step"] for row in rows] == list(reads)
+    assert all(row["after"] < row["before"] and row["depth"] == 1 for row in rows)
+    index, wanted = by_hand(work, program, depth=1)[0]
+    for step in (1, 2):
+        got = np.concatenate([entry.scale[step].T, entry.offset[step][:, None]], axis=1)
+        np.testing.assert_allclose(got, wanted.numpy(), atol=2e-3)
+    assert index == reads[0] and not np.array_equal(entry.scale[4], entry.scale[2])
+
+
 def test_a_cache_of_what_does_not_change_needs_no_correction(work: Work) -> None:
     # With the upsampler's weights gone its output is its bias, whatever the sample.
     upsampler = work.denoiser.up_blocks[0].upsamplers[0].conv

@@ -29,21 +29,27 @@ STEPPED = {"quantize": {"scales": "step", "range": "max", "weight_range": "max"}
 RECIPES: dict[str, tuple[int, tuple[Any, ...]]] = {
     "faster": (7, (FASTER,)),
     "delta": (6, (DELTA,)),
+    "twice": (6, ({"cachequant": {"interval": 3}},)),  # steps 1 and 2 are at one timestep, and take the same correction
     "stepped": (4, (STEPPED, {"faster-diffusion": {"keys": 3, "together": 2}})),
 }
 Make = Callable[[str], Bundle]
 
 
 @pytest.fixture(scope="module")
-def made(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def model_of(tiny_pipeline: Path, pndm_pipeline: Path) -> Callable[[str], Path]:
+    return lambda name: pndm_pipeline if name == "twice" else tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def made(model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
     folder = tmp_path_factory.mktemp("caches")
 
     @cache
     def make(name: str) -> Bundle:
         steps, passes = RECIPES[name]
-        file, calibration = folder / f"{name}.yaml", {"prompts": 1, "method": "every-step"}
+        file, calibration = folder / f"{name}.yaml", {"prompts": 2 if name == "twice" else 1, "method": "every-step"}
         file.write_text(json.dumps({"steps": steps, "calibration": calibration, "passes": passes}))
-        return api.compress(str(tiny_pipeline), str(file), folder / name, quiet=True)
+        return api.compress(str(model_of(name)), str(file), folder / name, quiet=True)
 
     return make
 
@@ -68,13 +74,13 @@ def error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("name", ["faster", "delta"])
-def test_a_bundle_draws_what_torch_draws_step_by_step(made: Make, tiny_pipeline: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["faster", "delta", "twice"])
+def test_a_bundle_draws_what_torch_draws_step_by_step(made: Make, model_of: Callable[[str], Path], name: str) -> None:
     shipped = made(name)
     plan = Plan.load(shipped.file("plan"))
-    wanted = in_torch(tiny_pipeline, plan)
-    assert len(wanted) == RECIPES[name][0]
-    assert error(wanted[-1], in_torch(tiny_pipeline, plan, cached=False)[-1]) > 1e-3  # the cache is seen
+    wanted = in_torch(model_of(name), plan)
+    assert len(wanted) == RECIPES[name][0] + (name == "twice")
+    assert error(wanted[-1], in_torch(model_of(name), plan, cached=False)[-1]) > 1e-3  # the cache is seen
     for backend in ("onnxruntime", "openvino"):
         for chosen in (slice(0, 2), slice(1, 2)):  # two images, and one of them
             for got, whole in zip(drawn(shipped, backend, chosen), wanted, strict=True):
