@@ -144,15 +144,16 @@ def contenders() -> dict[str, Contender]:
 
 def brings_schedule(recipe: str) -> bool:
     """Whether a preset chooses its own solver and steps."""
-    return SCHEDULE in _passes(recipe)
+    return SCHEDULE in passes(recipe)
 
 
 def finetunes(recipe: str) -> bool:
     """Whether a preset trains what it pruned."""
-    return "distill" in _passes(recipe)
+    return "distill" in passes(recipe)
 
 
-def _passes(recipe: str) -> list[str]:
+def passes(recipe: str) -> list[str]:
+    """Names of a preset's passes, in their order."""
     return [parts(entry)[0] for entry in yaml.safe_load(presets()[recipe].read_text("utf-8"))["passes"]]
 
 
