@@ -49,7 +49,9 @@ class Bench:
         return self.work / model.name / kind / f"{file_name(f'{contender} {schedule}')}.{end}"
 
     def known(self, kind: str, model: Model, contender: str, schedule: str) -> Found | None:
-        """What was found of a row, in this run or an earlier one."""
+        """What was found of a row, in this run or an earlier one; nothing of who has no part in this one."""
+        if contender not in self.contenders:
+            return None
         file = self.file(kind, model, contender, schedule)
         found: Found | None = json.loads(file.read_text("utf-8")) if file.exists() else None
         return None if found is None or found.get("of") != self.of(model, self.contenders[contender]) else found

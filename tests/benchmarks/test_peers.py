@@ -208,6 +208,13 @@ def test_one_that_cannot_be_timed_keeps_its_quality(bench: Callable[..., Any]) -
     assert "killed" in row["reason"] and row["speedup_vs_eager"] is None and row["latent_rel_l2"] > 0
 
 
+def test_without_its_uncompressed_export_a_row_lacks_that_ratio_alone(bench: Callable[..., Any]) -> None:
+    made, _ = bench(contenders={REFERENCE: THREE[REFERENCE], "alone": Contender("alone", "torch", plain="not chosen")})
+    rows = [row for row in peers.measured(made, SHAPES) if row["contender"] == "alone"]
+    assert len(rows) == 2 and all(row["reason"] is None for row in rows)
+    assert all(row["speedup_vs_uncompressed"] is None and row["speedup_vs_eager"] > 1 for row in rows)
+
+
 def test_without_the_reference_every_row_says_why(bench: Callable[..., Any]) -> None:
     made, _ = bench(lambda name, *_: "no memory" if name == REFERENCE else None)
     rows = peers.measured(made, SHAPES)
