@@ -29,9 +29,10 @@ def test_a_preset_is_put_on_a_schedule_and_stays_itself(tmp_path: Path) -> None:
         Recipe.model_validate({"name": "x", **document}).built()
 
 
-def test_single_calls_are_calibrated_briefly(tmp_path: Path) -> None:
-    found = peers_ours.document(task("cachequant", tmp_path, single=True), DDIM.name)
-    assert found["steps"] == CALLS and found["calibration"] == peers_ours.CALIBRATION
+@pytest.mark.parametrize(("recipe", "prompts"), [("balanced", 1), ("cachequant", 2)])
+def test_single_calls_are_calibrated_briefly(tmp_path: Path, recipe: str, prompts: int) -> None:
+    found = peers_ours.document(task(recipe, tmp_path, single=True), DDIM.name)
+    assert found["steps"] == CALLS and found["calibration"] == {"prompts": prompts, "steps": 4}
 
 
 @pytest.mark.parametrize(
