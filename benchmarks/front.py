@@ -117,7 +117,9 @@ def plot(found: Sequence[Mapping[str, Any]], named: Mapping[str, str]) -> str:
         body.append(text(LEFT - 6, y + 4, f"{tick:g}" if index else f"\N{GREATER-THAN OR EQUAL TO} {tick:g}", "end"))
     for tick in steps_between(math.exp(slow), math.exp(fast)):
         body.append(f'<line class="grid" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="{TOP}" y2="{bottom}"/>')
-        body.append(text(x_of(tick), bottom + 19, f"{tick:g}{TIMES}"))
+        label = f"{tick:g}{TIMES}"
+        # Beside its line rather than cut, where that stands at the end.
+        body.append(text(min(x_of(tick), WIDTH - LETTER * len(label) / 2), bottom + 19, label))
     body += [text(0, 14, "PSNR to the reference, dB", "start"), text(right, HEIGHT - 5, "faster than diffusers", "end")]
     stairs = sorted((x_of(row["speedup"]), y_of(_quality(row))) for row in found if row["front"])
     # What can be had at a speed is the best of what is as fast: down at once, then right to the next.

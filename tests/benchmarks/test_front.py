@@ -85,3 +85,12 @@ def test_few_or_strange_points_are_drawn(rows: list[dict[str, Any]]) -> None:
     box = [float(value) for value in tree.get("viewBox", "").split()]
     for dot in tree.iter("circle"):
         assert 0 < float(dot.get("cx", 0)) < box[2] and 0 < float(dot.get("cy", 0)) < box[3]
+
+
+@pytest.mark.parametrize("fastest", [8.71, 9.4, 87.0, 104.0, 870.0])
+def test_the_last_number_of_the_axis_is_not_cut(fastest: float) -> None:
+    """Its line may stand at the plot's very end."""
+    svg = front.plot([one | {"front": True} for one in (row(1, None), row(fastest, 44))], {})
+    labels = [node for node in ElementTree.fromstring(svg).iter("text") if (node.text or "").endswith("×")]
+    ends = [float(node.get("x", 0)) + front.LETTER * len(node.text or "") / 2 for node in labels]
+    assert max(ends) <= front.WIDTH + 0.05 and ends == sorted(ends)
