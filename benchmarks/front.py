@@ -20,6 +20,7 @@ SAME_DB = 60.0  # above this, 8-bit pictures differ by one level in one pixel of
 HEIGHT = 330
 TOP, BOTTOM = 34, 50
 LETTER, LINE = 9.4, 20.0  # of a name on the plot at its largest, on a phone, in the plot's own units
+DIGIT = 12.0  # of a number's on the axis there, in wide fonts
 
 # The candidates that matter are drawn last, above others, and choose the places of their names first.
 ORDER = (TRIAL, REFERENCE, RESCHEDULED, EXPORT, STRICT, PLAIN, COMPRESSED)
@@ -119,8 +120,8 @@ def plot(found: Sequence[Mapping[str, Any]], named: Mapping[str, str]) -> str:
         body.append(f'<line class="grid" x1="{x_of(tick):.1f}" x2="{x_of(tick):.1f}" y1="{TOP}" y2="{bottom}"/>')
         label = f"{tick:g}{TIMES}"
         # Beside its line rather than cut, where that stands at the end.
-        body.append(text(min(x_of(tick), WIDTH - LETTER * len(label) / 2), bottom + 19, label))
-    body += [text(0, 14, "PSNR to the reference, dB", "start"), text(right, HEIGHT - 5, "faster than diffusers", "end")]
+        body.append(text(min(x_of(tick), WIDTH - DIGIT * len(label) / 2), bottom + 19, label))
+    body += [text(0, 17, "PSNR to the reference, dB", "start"), text(right, HEIGHT - 5, "faster than diffusers", "end")]
     stairs = sorted((x_of(row["speedup"]), y_of(_quality(row))) for row in found if row["front"])
     # What can be had at a speed is the best of what is as fast: down at once, then right to the next.
     path = f"M{LEFT} {stairs[0][1]:.1f}H{stairs[0][0]:.1f}" + "".join(f"V{y:.1f}H{x:.1f}" for x, y in stairs[1:])

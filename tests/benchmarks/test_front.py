@@ -92,5 +92,5 @@ def test_the_last_number_of_the_axis_is_not_cut(fastest: float) -> None:
     """Its line may stand at the plot's very end."""
     svg = front.plot([one | {"front": True} for one in (row(1, None), row(fastest, 44))], {})
     labels = [node for node in ElementTree.fromstring(svg).iter("text") if (node.text or "").endswith("×")]
-    ends = [float(node.get("x", 0)) + front.LETTER * len(node.text or "") / 2 for node in labels]
+    ends = [float(node.get("x", 0)) + front.DIGIT * len(node.text or "") / 2 for node in labels]
     assert max(ends) <= front.WIDTH + 0.05 and ends == sorted(ends)
