@@ -19,20 +19,19 @@ from diffpress import api
 from diffpress import bundle as bundles
 from diffpress.benchmarks.candidates import Candidate
 from diffpress.benchmarks.latency import alternate
-from diffpress.benchmarks.peers_rows import CALLS, SCHEDULES, passes
+from diffpress.benchmarks.peers_rows import CALLS, SCHEDULES
 from diffpress.benchmarks.peers_worker import Facts, Task
 from diffpress.benchmarks.quantization import bits
 from diffpress.benchmarks.recipe_rows import file_name
 from diffpress.benchmarks.speed import fastest
 from diffpress.bundle import Bundle
-from diffpress.compress.recipe import SCHEDULE, presets
+from diffpress.compress.recipe import SCHEDULE, load, presets
 from diffpress.paths import write_json
 from diffpress.plan import Plan, StepProgram
 from diffpress.runtime.backends import available
 from diffpress.runtime.pipeline import Pipeline
 
-CALIBRATION = {"prompts": 1, "steps": 4}  # of single calls, whose weights are random
-HALVES = {"prompts": 2}  # where one half of the prompts judges what the other half found
+CALIBRATION = {"steps": 4}  # of single calls, whose weights are random, with as few prompts as the passes take
 SOLVERS = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC"}
 ROUNDS = 3  # that choose the backend of single calls
 
@@ -131,8 +130,8 @@ def document(task: Task, schedule: str) -> dict[str, Any]:
     """The preset as a recipe for a schedule; of single calls with as many steps as are measured."""
     recipe: dict[str, Any] = yaml.safe_load(presets()[task.options["recipe"]].read_text("utf-8"))
     if task.single:
-        judged = "cache-correct" in passes(task.options["recipe"])
-        recipe |= {"steps": CALLS, "calibration": CALIBRATION | (HALVES if judged else {})}
+        prompts = max((fewest for _, fewest in load(task.options["recipe"]).fewest_prompts), default=1)
+        recipe |= {"steps": CALLS, "calibration": CALIBRATION | {"prompts": prompts}}
     chosen = SCHEDULES.get(schedule)
     if chosen is not None and chosen.spacing is not None:
         entry = {"solver": chosen.solver, "spacing": chosen.spacing, "steps": chosen.steps}

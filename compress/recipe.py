@@ -40,7 +40,7 @@ from diffpress.compress.schedule.guidance import GuidancePass
 from diffpress.compress.schedule.solver import SchedulePass
 from diffpress.compress.temporal.maintain import TemporalPass
 from diffpress.compress.temporal.table import TemporalTablePass
-from diffpress.compress.work import Pass
+from diffpress.compress.work import Pass, require_prompts
 from diffpress.errors import DiffpressError
 
 SCHEDULE, CORRECT = "schedule", "correct"
@@ -125,6 +125,19 @@ class Recipe(BaseModel):
         low, high = LCM_STEPS
         if self.lcm and not low <= steps <= high:
             raise DiffpressError(f"recipe: an LCM-LoRA draws in {low} to {high} steps, not in {steps}: set 'steps' so")
+
+    @property
+    def fewest_prompts(self) -> list[tuple[str, int]]:
+        """Each pass's name, and how many calibration prompts it needs."""
+        return [(name, getattr(step, "fewest_prompts", 1)) for name, step in self.built()]
+
+    def check_prompts(self, count: int) -> None:
+        """Raise `DiffpressError` where a pass needs more than `count` calibration prompts.
+
+        Each would find out by itself, but only after those before it have worked.
+        """
+        for name, fewest in self.fewest_prompts:
+            require_prompts(name, fewest, count)
 
     def built(self) -> list[tuple[str, Pass]]:
         """The passes in order, validated; raises `DiffpressError` naming the key that is wrong."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffpress.calibration.capture import Call, Execution, Recordings
 from diffpress.compress.cache.execute import execution, replay
 from diffpress.compress.schedule.trajectory import Trajectories
+from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, Corrections, LayerQuant, MadeFor, Plan, Sampling, StepProgram, TemporalTable
 
 
@@ -94,10 +95,20 @@ class Work:
 
 
 class Pass(Protocol):
-    """One method of compression; a frozen dataclass whose fields are its keys in a recipe."""
+    """One method of compression; a frozen dataclass whose fields are its keys in a recipe.
+
+    One that judges on some calibration prompts what it found on others says in `fewest_prompts` how many it needs.
+    """
 
     def requires(self, work: Work) -> None:
         """Raise `DiffpressError` when it cannot be applied to `work`."""
 
     def apply(self, work: Work) -> str:
         """Change `work`; return one line that says what changed."""
+
+
+def require_prompts(name: str, fewest: int, count: int) -> None:
+    """Raise `DiffpressError` where pass `name` needs `fewest` calibration prompts and there are `count`."""
+    if count < fewest:
+        found = "half of the prompts judge what the other half found"
+        raise DiffpressError(f"{name}: {found}: calibrate with {fewest} or more, not {count}")

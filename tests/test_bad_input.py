@@ -203,6 +203,36 @@ def test_a_format_that_a_target_lacks_is_refused_before_calibration(
     assert list(tmp_path.iterdir()) == [recipe]
 
 
+@pytest.mark.parametrize(
+    ("passes", "prompts", "told"),
+    [
+        (["quantize", {"cache-budget": {"speedup": 2}}], 3, "cache-budget: {}: calibrate with 4 or more, not 3"),
+        (["quantize", "cachequant"], 1, "cachequant: {}: calibrate with 2 or more, not 1"),
+        (["quantize", {"cachequant": {"correct": False}}, "cache-correct"], 1, "cache-correct: {}: calibrate with 2"),
+        (["quantize", "correct"], 1, "correct: {}: calibrate with 2 or more, not 1"),
+    ],
+)
+def test_too_few_prompts_are_refused_before_any_pass_works(
+    passes: list[Any],
+    prompts: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_pipeline: Path,
+    capsys: Capture,
+) -> None:
+    recipe, file = tmp_path / "mine.yaml", tmp_path / "prompts.txt"
+    monkeypatch.setattr("diffpress.compress.run.run", lambda *_: pytest.fail("a pass was run"))
+    words = ("compress", tiny_pipeline, "--recipe", recipe, "--steps", "4", "--output", tmp_path / "b")
+    told = told.format("half of the prompts judge what the other half found")
+    recipe.write_text(json.dumps({"passes": passes, "calibration": {"prompts": prompts}}))
+    assert told in refused(capsys, *words)
+    recipe.write_text(json.dumps({"passes": passes}))  # 16 at most, and the file has fewer
+    file.write_text("a cat\n" * prompts)
+    assert told in refused(capsys, *words, "--prompts", file)
+    assert sorted(tmp_path.iterdir()) == [recipe, file]
+
+
 def test_a_format_that_a_pass_chose_is_refused_before_the_export(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pipeline: Path
 ) -> None:

@@ -13,7 +13,7 @@ measured, the best predictions are run, and what is taken is what did best on pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -30,7 +30,7 @@ from diffpress.compress.families import unet as family
 from diffpress.compress.families.unet_graph import up
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.schedule.stepping import finish, first_calls, start
-from diffpress.compress.work import Work
+from diffpress.compress.work import Work, require_prompts
 from diffpress.errors import DiffpressError
 from diffpress.plan import FULL, Corrections, StepProgram
 
@@ -43,6 +43,7 @@ TINY = 1e-9
 class CacheBudgetPass:
     """Plan a cache of deep features for a speedup of the denoiser's calls, or for an error of the final latents."""
 
+    fewest_prompts: ClassVar[int] = 4
     speedup: Annotated[float | None, Field(gt=1, description="of all calls, against full ones")] = None
     error: Annotated[float | None, Field(gt=0, description="relative, of the final latents against full steps")] = None
     branches: Annotated[tuple[int, ...], Field(min_length=1, description="deep features to choose from")] = (0,)
@@ -70,8 +71,7 @@ class CacheBudgetPass:
     def apply(self, work: Work) -> str:
         """Walk the frontier, run its best plans, take one; says which."""
         calls = first_calls(work.record())
-        if len(calls) < 4:
-            raise DiffpressError("half of the prompts judge what the other half found: calibrate with four or more")
+        require_prompts(NAME, self.fewest_prompts, len(calls))
         half, steps = len(calls) // 2, len(work.sampling.timesteps)
         frontiers: dict[int, dict[int, tuple[float, Full]]] = {}
         times = {branch: self._times(work, branch) for branch in self.branches}

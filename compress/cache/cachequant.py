@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffpress.calibration.processes import on_fastest_device
 from diffpress.compress.cache.correct_pass import CacheCorrectPass, corrected
-from diffpress.compress.cache.correction import warmed
+from diffpress.compress.cache.correction import FEWEST_PROMPTS, warmed
 from diffpress.compress.cache.execute import CachedDenoiser
 from diffpress.compress.cache.program import program_of, require_no_cache
 from diffpress.compress.families import unet as family
@@ -46,6 +46,11 @@ class CacheQuantPass:
     correct: Annotated[bool, Field(description="correct the feature; leave it to cache-correct otherwise")] = True
     depth: Annotated[Literal[1, 2], Field(description="of the correction")] = 1
     prompts: Annotated[int, Field(ge=1, description="calibration prompts that features are compared on")] = 8
+
+    @property
+    def fewest_prompts(self) -> int:
+        """How many calibration prompts there have to be."""
+        return FEWEST_PROMPTS if self.correct else 1
 
     def requires(self, work: Work) -> None:
         """Raises `DiffpressError` when the branch does not exist, a cache stands already or no groups are possible."""

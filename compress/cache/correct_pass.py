@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from diffpress.compress.cache.correction import NAME, fit, neutral, reading, reference, told, warmed
+from diffpress.compress.cache.correction import FEWEST_PROMPTS, NAME, fit, neutral, reading, reference, told, warmed
 from diffpress.compress.work import Work
 from diffpress.errors import DiffpressError
 from diffpress.plan import StepProgram
@@ -20,6 +20,7 @@ class CacheCorrectPass:
     Corrections of earlier passes are replaced. At depth 2 a step that reads what was computed only once becomes full.
     """
 
+    fewest_prompts: ClassVar[int] = FEWEST_PROMPTS
     depth: Annotated[Literal[1, 2], Field(description="2: from the last two values that were computed")] = 1
     per_channel: Annotated[bool, Field(description="by channel, instead of one number for a feature")] = True
     prompts: Annotated[

@@ -28,11 +28,12 @@ from diffpress.compress.cache.program import program_of
 from diffpress.compress.families.unet_graph import UNetGraph
 from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.schedule.stepping import Trajectory, first_calls, start
-from diffpress.compress.work import Work
+from diffpress.compress.work import Work, require_prompts
 from diffpress.errors import DiffpressError
 from diffpress.plan import EARLIER, FULL, Correction, Corrections, StepProgram
 
 NAME = "cache-correct"  # of the rows in `work.tables`
+FEWEST_PROMPTS = 2  # one finds, the other judges
 RIDGE = 1e-8  # of a regressor's mean square: keeps constant channels finite and is not seen in others
 SMALLEST = 1e-30  # a mean square below it is none
 
@@ -128,8 +129,7 @@ def fit(
     `warmed`), and where the float model cannot be opened anew though the work's is quantized.
     """
     calls = first_calls(work.recorded(), prompts)
-    if len(calls) < 2:
-        raise DiffpressError(f"{NAME}: half of the prompts judge what the other half found: calibrate with two")
+    require_prompts(NAME, FEWEST_PROMPTS, len(calls))
     timesteps = work.sampling.timesteps
     provisional = neutral(program, timesteps, depth)
     program = reading(work.denoiser, program, provisional)

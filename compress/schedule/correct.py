@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -36,7 +36,7 @@ from diffpress.compress.numerics.simulate import simulated
 from diffpress.compress.schedule.epsilon import check_scheduler, scaled
 from diffpress.compress.schedule.solver import make
 from diffpress.compress.schedule.stepping import CHUNK, Trajectory, finish, first_calls, start
-from diffpress.compress.work import Work
+from diffpress.compress.work import Work, require_prompts
 from diffpress.errors import DiffpressError
 from diffpress.plan import Sampling
 
@@ -55,6 +55,7 @@ ROUNDS = 2  # of Gauss-Newton: the first leaves what is not linear
 class CorrectPass:
     """Correct the mean and the scale of what the compressed denoiser answers; has to be the last pass."""
 
+    fewest_prompts: ClassVar[int] = 2
     mean: Annotated[bool, Field(description="subtract the mean error of every call, by channel")] = True
     epsilon_scaling: Annotated[
         Scaling, Field(description="the divisor of epsilon: one number, or linear in the timestep")
@@ -88,8 +89,7 @@ class CorrectPass:
     def apply(self, work: Work) -> str:
         """Find the corrections, judge them, and put those that gain into the schedule; says what each did."""
         calls = first_calls(work.recorded())
-        if len(calls) < 2:
-            raise DiffpressError("correct: half of the prompts judge what the other half found: calibrate with two")
+        require_prompts(NAME, self.fewest_prompts, len(calls))
         assert work.original is not None  # see `requires`
         with on_fastest_device(work.denoiser):
             exact = work.original().to(work.denoiser.device)

@@ -163,6 +163,7 @@ def begin(
     sampling = with_starts(sampling, pipeline.scheduler)
     fingerprint, options = models.digest(model) + digest(recipe.lora), recipe.calibration
     texts = (prompts or _default_prompts(model, options.prompts))[: options.prompts]
+    recipe.check_prompts(len(texts))
     chosen = CalibrationSet(tuple(texts), options.method, options.steps)
 
     def recorder(execution: Execution) -> Recordings:

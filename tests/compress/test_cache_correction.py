@@ -236,7 +236,7 @@ def test_passes_that_cannot_correct_are_refused(work: Work) -> None:
     CachePass(interval=2, branch=1).apply(work)
     single = replace(work, recorder=lambda _: list(work.recorded())[:1])  # type: ignore[arg-type,return-value]
     single.program = work.program
-    with pytest.raises(DiffpressError, match="calibrate with two"):
+    with pytest.raises(DiffpressError, match="calibrate with 2 or more, not 1"):
         run([("cache-correct", CacheCorrectPass())], single)
     quantized(work)
     work.original = None

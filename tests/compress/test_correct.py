@@ -218,7 +218,7 @@ def test_what_it_cannot_do_is_refused(work: Work) -> None:
     work.tables.clear()
     work.recorder = lambda _: list(work.recorded())[:1]  # type: ignore[arg-type,return-value]
     work._recorded = (work._recorded[0], work.recorder(None)) if work._recorded else None  # type: ignore[arg-type]
-    with pytest.raises(DiffpressError, match="calibrate with two"):
+    with pytest.raises(DiffpressError, match="calibrate with 2 or more, not 1"):
         apply(work)
     work.pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
     with pytest.raises(DiffpressError, match=r"correct: prediction type .* set epsilon_scaling to none"):
