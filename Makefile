@@ -16,7 +16,8 @@ demo: venv
 
 test: lint
 	@: # a worker for each core; a library that took all cores in each would slow all of them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	@: # files as they come: those of few tests are the slow ones, and one would be left with them in the end
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check

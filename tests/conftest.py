@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import yaml
 from onnx import TensorProto, helper, numpy_helper
 
 from diffpress import bundle
@@ -212,12 +214,28 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_balanced(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Gives the file of a recipe as it is shipped, but for how long it learns and from how much."""
+    from diffpress.compress.recipe import presets
+
+    folder = tmp_path_factory.mktemp("brief")
+
+    def write(recipe: str) -> str:
+        file, shipped = folder / f"{recipe}.yaml", presets()[recipe].read_text("utf-8")
+        document = yaml.safe_load(re.sub("iterations: [0-9]+", "iterations: 4", shipped))
+        file.write_text(json.dumps({**document, "calibration": {"prompts": 2, "steps": 4}}))
+        return str(file)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_balanced(tiny_pipeline: Path, brief: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny pipeline, compressed with `balanced` for six steps. Copy it before a change."""
     from diffpress import api
 
     folder = tmp_path_factory.mktemp("balanced") / "bundle"
-    return api.compress(str(tiny_pipeline), "balanced", folder, steps=6, quiet=True)
+    return api.compress(str(tiny_pipeline), brief("balanced"), folder, steps=6, quiet=True)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def fresh(network: Any, tmp_path: Path) -> Fresh:
     generator = torch.Generator().manual_seed(0)
     calls = Recorded()
     base = torch.randn(4, 8, 8, generator=generator)
-    for index in range(15):  # samples that have something in common, as real ones do
+    for index in range(8):  # samples that have something in common, as real ones do
         sample = base + 0.3 * torch.randn(2, 4, 8, 8, generator=generator)
         text = torch.randn(2, 5, 16, generator=generator)
         calls.append(Call(sample, torch.tensor([TIMESTEPS[index % 5]]), text))

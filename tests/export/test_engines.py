@@ -36,7 +36,6 @@ try:
 except ImportError:
     tensorrt_rtx = None
 
-TARGETS = ["sm86", "sm89", "sm120"]
 ALL = ["sm89", "sm75", "sm80", "sm86", "sm120", "sm121"]  # as "rtx-4090" and then "all" order them
 COMPONENTS = {"full", "cached", "text_encoder", "vae_decoder"}
 needs_library = pytest.mark.skipif(tensorrt_rtx is None, reason="tensorrt-rtx is not installed")
@@ -79,14 +78,13 @@ def test_engines_of_every_component_are_built_for_every_target(built: Bundle) ->
 
 
 @needs_library
-def test_a_balanced_pipeline_builds_for_every_target(tiny_balanced: Bundle, tmp_path: Path) -> None:
+def test_a_balanced_pipeline_builds(tiny_balanced: Bundle, tmp_path: Path) -> None:
     shutil.copytree(tiny_balanced.path, tmp_path / "bundle")
-    made = engines.build(bundle.load(tmp_path / "bundle"), TARGETS, progress=False)
-    assert [entry["target"] for entry in made.manifest["engines"]] == [name for name in TARGETS for _ in range(5)]
+    made = engines.build(bundle.load(tmp_path / "bundle"), ["sm86"], progress=False)
+    assert [entry["target"] for entry in made.manifest["engines"]] == ["sm86"] * 5
     assert {Path(entry["path"]).stem for entry in made.manifest["engines"]} == COMPONENTS | {"vae_encoder"}
-    for target in TARGETS:
-        sidecar = json.loads(made.file(f"engines/{target}/full.json").read_text())
-        assert sidecar["precision"] == "int8+fp32" and sidecar["shapes"]["sample"]["max"] == [2, 4, 8, 8]
+    sidecar = json.loads(made.file("engines/sm86/full.json").read_text())
+    assert sidecar["precision"] == "int8+fp32" and sidecar["shapes"]["sample"]["max"] == [2, 4, 8, 8]
 
 
 @needs_library
