@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffpress.benchmarks.peers_torch import Diffusers, Network, Plain, modelopt, stored
 from diffpress.benchmarks.peers_worker import Task
 from diffpress.errors import require
+from diffpress.runtime import open_vino
 
 UNET, TEXT, DECODER = "unet", "text_encoder", "vae_decoder"
 MADE = "made.json"  # beside what was made, and how long that took
@@ -52,16 +53,16 @@ class OpenVino:
     """A file in OpenVINO, compiled for each shape that comes: static ones are faster."""
 
     def __init__(self, file: Path, precision: str) -> None:
-        self._file, self._core = file, require("openvino", "cpu", "run OpenVINO").Core()
+        self._file = file
         self._options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def __call__(self, feeds: Feeds) -> np.ndarray:
         shapes = tuple(value.shape for value in feeds.values())
         if shapes not in self._compiled:
-            model = self._core.read_model(self._file)
+            model = open_vino.core().read_model(self._file)
             model.reshape({name: list(value.shape) for name, value in feeds.items()})
-            self._compiled[shapes] = self._core.compile_model(model, "CPU", self._options)
+            self._compiled[shapes] = open_vino.core().compile_model(model, "CPU", self._options)
         output: np.ndarray = self._compiled[shapes](dict(feeds))[0]
         return output
 
@@ -196,9 +197,9 @@ def with_graphs(task: Task, pipeline: Any, open_graph: Callable[[Path], Graph], 
 
 def quantize(task: Task, pipeline: Any, file: Path, folder: Path) -> None:
     """NNCF's post-training INT8 of the U-Net, its settings those for transformers as for diffusion in its examples."""
-    nncf, openvino = require("nncf", "peers", "run NNCF"), require("openvino", "cpu", "run OpenVINO")
+    nncf, openvino = require("nncf", "peers", "run NNCF"), open_vino.library()
     calls = [{name: value.numpy() for name, value in call.items()} for call in Diffusers(task, pipeline).recorded()]
-    model = openvino.Core().read_model(file)
+    model = open_vino.core().read_model(file)
     found = nncf.quantize(model, nncf.Dataset(calls), subset_size=len(calls), model_type=nncf.ModelType.TRANSFORMER)
     openvino.save_model(found, folder / f"{UNET}.xml", compress_to_fp16=False)
 

@@ -32,7 +32,11 @@ def library() -> ModuleType:
 
 @cache
 def core() -> Any:
-    """The library's entry; it knows the devices."""
+    """The library's entry; it knows the devices.
+
+    One for the process: each sets aside a stack for signals, and where several end in another order than they began,
+    the last leaves the process with one that is gone. The next signal, a Ctrl-C perhaps, would crash it.
+    """
     return library().Core()
 
 

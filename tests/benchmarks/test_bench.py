@@ -352,7 +352,7 @@ def test_null_stands_for_what_json_does_not_know() -> None:
 
 
 def test_a_real_bundle_draws_what_diffusers_draws(
-    least_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing faked: export without compression, judged against itself; the backend's rounding is all that differs."""
     from diffpress import api
@@ -361,9 +361,9 @@ def test_a_real_bundle_draws_what_diffusers_draws(
     sizes = partial(ceilings.measure, size=128, moved=(1 << 18, 1 << 22), rounds=2)
     monkeypatch.setattr(ceilings, "measure", sizes)
     monkeypatch.setattr(memory, "STARTS", 1)
-    made = api.compress(str(least_pipeline), "fp32", tmp_path / "bundle", steps=3, quiet=True)
+    made = api.compress(str(tiny_pipeline), "fp32", tmp_path / "bundle", steps=3, quiet=True)
     shutil.copytree(made.path, tmp_path / "plain")
-    report = bench(made.path, str(least_pipeline), images=3, quiet=True, uncompressed=tmp_path / "plain")
+    report = bench(made.path, str(tiny_pipeline), images=3, quiet=True, uncompressed=tmp_path / "plain")
     check_keys(report)
     assert max(report["per_step"]["latent_rel_l2"]["uncompressed_export"]) < 1e-4
     assert report["quality"]["psnr_db"] > 35 and report["faults"] == []
