@@ -36,8 +36,8 @@ Make = Callable[[str], Bundle]
 
 
 @pytest.fixture(scope="module")
-def model_of(tiny_pipeline: Path, pndm_pipeline: Path) -> Callable[[str], Path]:
-    return lambda name: pndm_pipeline if name == "twice" else tiny_pipeline
+def model_of(least_pipeline: Path, pndm_pipeline: Path) -> Callable[[str], Path]:
+    return lambda name: pndm_pipeline if name == "twice" else least_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,11 @@ def test_decoders_run_together_and_leave_nothing_for_the_next_image(made: Make) 
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_what_is_reused_is_not_in_the_graph(made: Make, tiny_pipeline: Path) -> None:
+def test_what_is_reused_is_not_in_the_graph(made: Make, least_pipeline: Path) -> None:
     shipped = made("delta")
     program = Plan.load(shipped.file("plan")).program
     assert program.steps == ("full", "cached", "cached", "full", "cached_2", "cached_2")
-    unet = load_pipeline(str(tiny_pipeline)).unet
+    unet = load_pipeline(str(least_pipeline)).unet
     resnets = {name for name, kind in modules(unet).items() if kind == "resnet"}
     for variant, entry in program.variants.items():
         graph = onnx.load(shipped.file(shipped.manifest["graphs"][variant]), load_external_data=False).graph

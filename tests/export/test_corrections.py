@@ -21,21 +21,21 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def made(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def made(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("corrections")
     file = folder / "corrected.yaml"
     file.write_text(json.dumps({"calibration": {"prompts": 2, "steps": 1}, "passes": PASSES}))
-    return api.compress(str(tiny_pipeline), str(file), folder / "bundle", steps=STEPS, quiet=True)
+    return api.compress(str(least_pipeline), str(file), folder / "bundle", steps=STEPS, quiet=True)
 
 
 @torch.no_grad()
-def test_the_runtime_follows_torch_step_by_step(made: Bundle, tiny_pipeline: Path) -> None:
+def test_the_runtime_follows_torch_step_by_step(made: Bundle, least_pipeline: Path) -> None:
     plan = Plan.load(made.file("plan"))
     assert plan.corrections is not None and plan.program.marks() == "##-#--"
     entry = plan.corrections.features["up_1"]
     assert entry.depth == 2 and plan.program.variants["cached"].reads == ("up_1", "up_1@1")
-    torchs = CachedDenoiser(load_pipeline(str(tiny_pipeline)).unet, plan.program, plan.corrections)
-    plain = CachedDenoiser(load_pipeline(str(tiny_pipeline)).unet, plan.program)
+    torchs = CachedDenoiser(load_pipeline(str(least_pipeline)).unet, plan.program, plan.corrections)
+    plain = CachedDenoiser(load_pipeline(str(least_pipeline)).unet, plan.program)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, *hidden_shape(made), generator=generator)
     ours = Pipeline.load(made, "onnxruntime", "fp32").denoiser.start(hidden.numpy(), plan.sampling.timesteps)

@@ -43,8 +43,8 @@ def zeroed(unet: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipeline = load_pipeline(str(tiny_pipeline))
+def model(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = load_pipeline(str(least_pipeline))
     # Every second structure, so that layers of one kind have several widths.
     chosen = list(structures(pipeline.unet).values())[::2]
     cut(pipeline.unet, {found.path: range(found.count // 4, found.count) for found in chosen})
@@ -92,10 +92,10 @@ def test_a_narrow_model_draws_as_in_diffusers(plain: Bundle, wanted: np.ndarray)
     assert error(drawn(diffpress.load_pipeline(plain.path, "onnxruntime", "fp32")), wanted) < 1e-4
 
 
-def test_the_bundle_says_what_was_cut_and_is_as_small(plain: Bundle, model: Path, tiny_pipeline: Path) -> None:
+def test_the_bundle_says_what_was_cut_and_is_as_small(plain: Bundle, model: Path, least_pipeline: Path) -> None:
     record = json.loads((model / "unet" / "diffpress_structure.json").read_text())["parts"]
     assert plain.manifest["structure"] == record
-    before = sum(parameter.numel() for parameter in load_pipeline(str(tiny_pipeline)).unet.parameters())
+    before = sum(parameter.numel() for parameter in load_pipeline(str(least_pipeline)).unet.parameters())
     unet = load_pipeline(str(model)).unet
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     assert plain.manifest["model"]["parameters"] == parameters

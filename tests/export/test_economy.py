@@ -52,14 +52,14 @@ def checked() -> Iterator[dict[str, list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_pipeline: Path, checked: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory) -> Make:
+def made(least_pipeline: Path, checked: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory) -> Make:
     folder = tmp_path_factory.mktemp("economy")
 
     @cache
     def make(name: str) -> Bundle:
         file = folder / f"{name}.yaml"
         file.write_text(json.dumps({"calibration": {"prompts": 2, "steps": 4}, "passes": PASSES[name]}))
-        return api.compress(str(tiny_pipeline), str(file), folder / name, quiet=True)
+        return api.compress(str(least_pipeline), str(file), folder / name, quiet=True)
 
     return make
 
@@ -70,12 +70,12 @@ def latents(made: Bundle, backend: str, **options: Any) -> np.ndarray:
     return drawn.latents[-1]
 
 
-def test_a_bundle_draws_what_torch_draws_under_its_program(made: Make, tiny_pipeline: Path) -> None:
+def test_a_bundle_draws_what_torch_draws_under_its_program(made: Make, least_pipeline: Path) -> None:
     shipped = made("reuse")
     program = StepProgram.from_json(shipped.manifest["program"])
     sampling = Sampling.from_json(shipped.manifest["sampling"])
     assert program.guidance and program == Plan.load(shipped.file("plan")).program
-    pipeline = load_pipeline(str(tiny_pipeline))
+    pipeline = load_pipeline(str(least_pipeline))
     config = shipped.manifest["scheduler"]["config"]
     pipeline.scheduler = playing(DPMSolverMultistepScheduler.from_config(config), sampling)
     with executed(pipeline, program):

@@ -75,10 +75,10 @@ def test_a_graph_is_left_as_it_was(layers: ir.Model) -> None:
     assert [str(value.shape) for node in layers.graph for value in node.outputs] == before
 
 
-def test_a_whole_denoiser_within_two_percent(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_whole_denoiser_within_two_percent(least_pipeline: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet").eval()
+    unet = UNet2DConditionModel.from_pretrained(least_pipeline / "unet").eval()
     inputs = {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([5.0]),

@@ -16,16 +16,16 @@ PROMPTS, SEEDS, STEPS = ["a red ring", "a blue star"], [3, 4], 8
 PASS = {"invardiff": {"prompts": 1, "tau_step": 0.4, "tau_module": 0.5, "kinds": ["resnet", "attn1", "ff"]}}
 
 
-def test_a_bundle_draws_what_torch_draws(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_bundle_draws_what_torch_draws(least_pipeline: Path, tmp_path: Path) -> None:
     file = tmp_path / "invardiff.yaml"
     file.write_text(json.dumps({"steps": STEPS, "calibration": {"prompts": 1, "steps": 1}, "passes": [PASS]}))
-    shipped = api.compress(str(tiny_pipeline), str(file), tmp_path / "bundle", quiet=True)
+    shipped = api.compress(str(least_pipeline), str(file), tmp_path / "bundle", quiet=True)
     program = StepProgram.from_json(shipped.manifest["program"])
     assert program == Plan.load(shipped.file("plan")).program
     kinds = [set(program.variants[step].features) for step in program.steps]
     assert {"whole"} in kinds and any(taken and "whole" not in taken for taken in kinds)
     sampling = Sampling.from_json(shipped.manifest["sampling"])
-    pipeline = load_pipeline(str(tiny_pipeline))
+    pipeline = load_pipeline(str(least_pipeline))
     wanted: list[np.ndarray] = []
     with executed(pipeline, program):
         pipeline(

@@ -39,14 +39,14 @@ def latents(bundle: Bundle) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def karras(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return compressed(tiny_pipeline, tmp_path_factory.mktemp("karras"), KARRAS, "temporal-table")
+def karras(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return compressed(least_pipeline, tmp_path_factory.mktemp("karras"), KARRAS, "temporal-table")
 
 
-def test_a_bundle_draws_what_diffusers_draws_with_that_scheduler(karras: Bundle, tiny_pipeline: Path) -> None:
+def test_a_bundle_draws_what_diffusers_draws_with_that_scheduler(karras: Bundle, least_pipeline: Path) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
-    pipeline = load_pipeline(str(tiny_pipeline))
+    pipeline = load_pipeline(str(least_pipeline))
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
     wanted = pipeline(
         PROMPTS,
@@ -64,18 +64,18 @@ def test_a_bundle_draws_what_diffusers_draws_with_that_scheduler(karras: Bundle,
     assert tuple(map(float, stored.timesteps)) == Sampling.from_json(karras.manifest["sampling"]).timesteps
 
 
-def test_the_reference_keeps_the_models_own_schedule(karras: Bundle, tiny_pipeline: Path) -> None:
+def test_the_reference_keeps_the_models_own_schedule(karras: Bundle, least_pipeline: Path) -> None:
     own, scheduler = own_schedule(karras.manifest)
     assert (own.scheduler, own.steps, scheduler["class"]) == ("DDIMScheduler", 6, "DDIMScheduler")
     assert karras.manifest["sampling"]["steps"] == 4
-    drawn = Reference.load(str(tiny_pipeline), own, scheduler)(PROMPTS, SEEDS, keep_latents=True)
+    drawn = Reference.load(str(least_pipeline), own, scheduler)(PROMPTS, SEEDS, keep_latents=True)
     assert len(drawn.latents) == 6
     text = inspection.as_text(inspection.inspect(karras.path))
     assert "dpm++ karras, 4 steps at 999 " in text and "the model's own DDIMScheduler, 6 steps" in text
 
 
 def test_a_report_compares_the_ends_of_different_schedules(
-    karras: Bundle, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+    karras: Bundle, least_pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What takes long and knows no schedule, or is timed elsewhere.
     monkeypatch.setattr("diffpress.runtime.backends.available", lambda: [("onnxruntime", "fp32")])
@@ -83,7 +83,7 @@ def test_a_report_compares_the_ends_of_different_schedules(
     start = memory.Fresh(1, None, {"import": 1.0, "load": 1.0, "first_image": 1.0})
     monkeypatch.setattr(memory, "fresh", lambda _: start)
     monkeypatch.setattr("diffpress.benchmarks.ceilings.measure", lambda kinds: ceilings.Ceilings({}, {0: 1.0}, ""))
-    report = bench(karras.path, str(tiny_pipeline), images=2, quiet=True)
+    report = bench(karras.path, str(least_pipeline), images=2, quiet=True)
     assert report["per_step"]["latent_rel_l2"]["compressed"] is None
     assert len(report["per_step"]["latent_rel_l2"]["uncompressed_export"]) == 6
     assert max(report["per_step"]["latent_rel_l2"]["uncompressed_export"]) < 1e-4
@@ -96,10 +96,10 @@ def test_a_report_compares_the_ends_of_different_schedules(
     assert "against DDIMScheduler, 6 steps" in page and "compared at the end alone" in page
 
 
-def test_calibration_and_later_passes_follow(tiny_pipeline: Path) -> None:
+def test_calibration_and_later_passes_follow(least_pipeline: Path) -> None:
     passes = (EXPLICIT, {"quantize": {"scales": "step"}}, {"cache": {"interval": 2}})
     recipe = Recipe(name="x", steps=6, calibration={"prompts": 1, "method": "every-step"}, passes=passes)
-    work = api.begin(str(tiny_pipeline), recipe, quiet=True)
+    work = api.begin(str(least_pipeline), recipe, quiet=True)
     run(recipe.built()[:1], work)
     assert isinstance(work.pipeline.scheduler, Tabulated)
     recorded = [float(call.timestep) for call in work.record()]
@@ -112,12 +112,12 @@ def test_calibration_and_later_passes_follow(tiny_pipeline: Path) -> None:
 
 @pytest.mark.parametrize(("schedule", "steps"), [(EXPLICIT, 4), (EVODIFF, 5)])
 def test_what_diffusers_does_not_make_runs_in_torch_and_without_it(
-    schedule: Any, steps: int, tiny_pipeline: Path, tmp_path: Path
+    schedule: Any, steps: int, least_pipeline: Path, tmp_path: Path
 ) -> None:
-    bundle = compressed(tiny_pipeline, tmp_path, schedule, "temporal-table")
+    bundle = compressed(least_pipeline, tmp_path, schedule, "temporal-table")
     # The very schedule in torch, opened from what the manifest says, is the table.
     sampling = Sampling.from_json(bundle.manifest["sampling"])
-    reference = Reference.load(str(tiny_pipeline), sampling, bundle.manifest["scheduler"])
+    reference = Reference.load(str(least_pipeline), sampling, bundle.manifest["scheduler"])
     assert isinstance(reference.pipeline.scheduler, Tabulated)
     wanted = reference(PROMPTS, SEEDS, keep_latents=True).latents
     assert len(wanted) == steps
