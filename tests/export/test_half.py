@@ -24,11 +24,11 @@ STEPS = (980.0, 613.0, 301.5, 1.0)
 
 
 @pytest.fixture(scope="module")
-def exported(least_pipeline: Path) -> ir.Model:
+def exported(tiny_pipeline: Path) -> ir.Model:
     """The tiny denoiser with a feature, INT8 inputs of one layer by step, and INT4 weights of another."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(least_pipeline / "unet").eval()
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet").eval()
     inputs = {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([613.0]),
@@ -95,14 +95,14 @@ Pair = tuple[Bundle, Bundle]
 
 
 @pytest.fixture(scope="module")
-def make(least_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+def make(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """A bundle of some passes, and the same in half precision."""
 
     @cache
     def made(passes: str) -> Pair:
         folder = tmp_path_factory.mktemp("half")
         (folder / "recipe.yaml").write_text(f"passes: [{passes}]")
-        full = api.compress(str(least_pipeline), str(folder / "recipe.yaml"), folder / "float", steps=4, quiet=True)
+        full = api.compress(str(tiny_pipeline), str(folder / "recipe.yaml"), folder / "float", steps=4, quiet=True)
         return full, half.halve(full, folder / "half")
 
     return made
