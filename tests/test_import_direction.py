@@ -1,4 +1,4 @@
-"""Imports point downward only: who may import whom, read from the source of every module."""
+"""Imports point downward only, and OpenVINO begins in one place: read from the source of every module."""
 
 import ast
 import os
@@ -130,6 +130,12 @@ def test_imports_point_downward() -> None:
         for violation in violations(path.read_text("utf-8"), module, path.name == "__init__.py", set(known))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_openvino_has_one_core_in_a_process() -> None:
+    """Those that end in another order than they began leave a stack for signals that is gone: Ctrl-C would crash."""
+    makers = [module for module, path in modules().items() if "Core()" in path.read_text("utf-8")]
+    assert makers == ["diffpress.runtime.open_vino"]
 
 
 @pytest.mark.parametrize(
